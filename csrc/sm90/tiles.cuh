@@ -1,0 +1,62 @@
+// What lies where in shared memory, and who waits for whom.
+//
+// A tile is 64 rows x 64 columns of 16-bit values in the 128-byte swizzle that wgmma and the copy engine
+// share: 8 KB. Q is 9 tiles (its 64 rows), a page of the cache is 9 tiles (its 64 tokens); tiles 0 to 7 are
+// the latent part, which is also V, tile 8 is the rope part.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace mla {
+
+constexpr int kTileColumns = 64;
+constexpr int kTileBytes = 64 * kTileColumns * 2;
+constexpr int kTiles = kHeadDim / kTileColumns;    // 9
+constexpr int kTilesV = kHeadDimV / kTileColumns;  // 8
+constexpr int kTilesHalfV = kTilesV / 2;           // a consumer warpgroup's share of V's columns
+constexpr int kColumnsHalfV = kHeadDimV / 2;
+constexpr int kRopeTile = kTilesV;
+constexpr int kStages = 2;  // pages in shared memory: 144 KB beside Q's 72 KB
+
+constexpr int kWarpgroup = 128;
+constexpr int kThreads = 3 * kWarpgroup;  // two consumers, then the producer
+
+// The page's tiles in the groups that are given back together: each V half by the warpgroup that multiplies
+// it, the rope tile as soon as the scores are done.
+enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
+
+// P of one page from the first consumer to the second. Both hold P's rows in the same threads, so a thread
+// leaves its registers where its counterpart picks them up: no layout, no bank conflict, no fence.
+struct Handover {
+    uint4 p[4][kWarpgroup];    // p[k]: the A fragment of tokens 16 k to 16 k + 15
+    float2 scale[kWarpgroup];  // by how much to scale the output first; of the thread's two rows
+};
+
+enum NamedBarrier { kLeftWarpgroup = 1, kRightWarpgroup, kHandoverFull, kHandoverEmpty };
+
+struct SharedStorage {
+    alignas(1024) uint8_t q[kTiles][kTileBytes];
+    alignas(1024) uint8_t k[kStages][kTiles][kTileBytes];
+    Handover handover;
+    uint64_t q_full, q_empty;
+    uint64_t k_full[kStages][kTiles];
+    uint64_t k_empty[kStages][kTileGroups];
+};
+static_assert(sizeof(SharedStorage) <= 227 * 1024, "exceeds the shared memory of a thread block");
+
+// A ring of barriers: which slot, and the parity of the round. `wait` before use, `next` after.
+template <int kSlots>
+struct RingPosition {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ void next() {
+        if (++slot == kSlots) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace mla

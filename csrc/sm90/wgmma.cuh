@@ -1,0 +1,99 @@
+// Warpgroup matrix products: m64n64k16 for scores, m64n256k16 for the output; float32 accumulators.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ptx.cuh"
+
+namespace mla::wgmma {
+
+__device__ inline void fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending committed groups are unfinished.
+template <int kPending>
+__device__ inline void wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses of accumulators across fence() and wait().
+template <int kCount>
+__device__ inline void pin(float (&accumulator)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
+}
+
+// Shared-memory matrix descriptor for 128-byte swizzled tiles of 64 16-bit columns (8 rows to a 1,024-byte
+// atom). leading_bytes: from one 64-column tile to the next, where the product runs along columns (V); else
+// unused.
+__device__ inline uint64_t descriptor(const void* smem, uint32_t leading_bytes) {
+    constexpr uint64_t kSwizzle128 = 1ull << 62;
+    constexpr uint64_t kAtomBytes = 1024;
+    return kSwizzle128 | (kAtomBytes >> 4) << 32 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+           (ptx::smem_address(smem) & 0x3FFFF) >> 4;
+}
+
+// Descriptors count in 16 bytes.
+__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+    return descriptor + (bytes >> 4);
+}
+
+template <typename T>
+struct Product;
+
+// clang-format off
+#define MLA_REGISTERS_0_31 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MLA_REGISTERS_32_127 \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MLA_ACC8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MLA_ACC32(i) MLA_ACC8(i), MLA_ACC8(i + 8), MLA_ACC8(i + 16), MLA_ACC8(i + 24)
+
+#define MLA_DEFINE_PRODUCT(T, PTX_TYPE)                                                                     \
+  template <>                                                                                               \
+  struct Product<T> {                                                                                       \
+    /* d (64, 64) = a (64, 16) b^T (64, 16), both in shared memory; added to d if `accumulate` */           \
+    __device__ static void scores(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {                \
+      asm volatile(                                                                                         \
+          "{\n"                                                                                             \
+          ".reg .pred accumulate;\n"                                                                        \
+          "setp.ne.b32 accumulate, %34, 0;\n"                                                               \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX_TYPE "." PTX_TYPE                               \
+          " {" MLA_REGISTERS_0_31 "}, %32, %33, accumulate, 1, 1, 0, 0;\n"                                 \
+          "}\n"                                                                                             \
+          : MLA_ACC32(0)                                                                                    \
+          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
+    }                                                                                                       \
+    /* d (64, 256) += a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */    \
+    __device__ static void output(float (&d)[128], const uint32_t* a, uint64_t b) {                         \
+      asm volatile(                                                                                         \
+          "wgmma.mma_async.sync.aligned.m64n256k16.f32." PTX_TYPE "." PTX_TYPE                              \
+          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n" \
+          : MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)                                       \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+    }                                                                                                       \
+  };
+
+MLA_DEFINE_PRODUCT(__nv_bfloat16, "bf16")
+MLA_DEFINE_PRODUCT(__half, "f16")
+
+#undef MLA_DEFINE_PRODUCT
+#undef MLA_ACC32
+#undef MLA_ACC8
+#undef MLA_REGISTERS_32_127
+#undef MLA_REGISTERS_0_31
+// clang-format on
+
+}  // namespace mla::wgmma
