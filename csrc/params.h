@@ -23,7 +23,11 @@ struct alignas(32) PartPlan {
     int last_seq;       // inclusive
     int last_page_end;  // page of last_seq to stop before
     int first_split;    // number of the first split within first_seq
-    int unused[3];
+    // Row i also names the i-th sequence that has several splits, for the merge; merge_seq is -1 past the
+    // last.
+    int merge_seq;
+    int merge_first_slot;  // its first partial; the others follow
+    int merge_splits;
 };
 static_assert(sizeof(PartPlan) == kMetadataWidth * sizeof(int));
 

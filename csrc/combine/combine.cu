@@ -3,17 +3,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "../cuda_check.h"
 #include "../params.h"
 
 namespace mla {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
 constexpr int kUnroll = 8;          // partial rows in flight
 constexpr int kSliceColumns = 128;  // of a row, for one warp: a float4 a lane
 constexpr int kSlices = kHeadDimV / kSliceColumns;
+constexpr int kWideGroups = 8;  // warps that share the splits of a slice
+constexpr int kWideRows = 128;  // beyond them, narrow blocks fill the machine
 
 __device__ void store(__nv_bfloat16* out, float4 v) {
     auto* pair = reinterpret_cast<__nv_bfloat162*>(out);
@@ -46,100 +48,88 @@ __device__ float merge_lse(const float* lse_partial, int splits, int64_t stride)
     return largest + logf(sum);
 }
 
-// One warp's slice of a row, over splits first, first + step, ...; kUnroll loads are in flight at once.
-__device__ float4 weighted_sum(const float4* partial, const float* lse_partial, int splits, int64_t stride,
-                               float lse, int first, int step) {
-    const int64_t value_stride = stride * (kHeadDimV / 4);
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int begin = first; begin < splits; begin += kUnroll * step) {
-        float4 value[kUnroll];
-        float weight[kUnroll];
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int split = begin + i * step;
-            if (split >= splits) break;
-            value[i] = partial[split * value_stride];
-            weight[i] = lse_partial[split * stride];
-        }
+// A slice of a row in all splits.
+struct Slice {
+    const float4* partial;     // this lane's columns of split 0
+    const float* lse_partial;  // of split 0
+    int64_t rows;              // from one split to the next
+    int splits;
+
+    // Splits first, first + step, ...: kUnroll of them.
+    __device__ void load(float4 (&value)[kUnroll], int first, int step) const {
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
-            if (begin + i * step < splits) add(sum, expf(weight[i] - lse), value[i]);
+            if (first + i * step < splits) value[i] = partial[(first + i * step) * rows * (kHeadDimV / 4)];
     }
-    return sum;
-}
 
-// Blocks (x, part): of each sequence that is split, the part with its second split stands for it. kGroup
-// warps share the splits of one slice of a row: 1 where sequences have few splits, all 8 where they have
-// many.
-template <typename T, int kGroup>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeParams params) {
-    __shared__ float4 group_sum[kWarps][32];
-    const PartPlan plan = params.parts[blockIdx.y];
-    const int seq = plan.first_seq;
-    // Before anything may return: a grid that ends early must not let the next one overtake the decode
-    // kernel.
-    cudaGridDependencySynchronize();
-    if (plan.first_split != 1) return;
+    __device__ void accumulate(float4& sum, const float4 (&value)[kUnroll], float lse, int first,
+                               int step) const {
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) {
+            const int split = first + i * step;
+            if (split < splits) add(sum, expf(lse_partial[split * rows] - lse), value[i]);
+        }
+    }
+};
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int slice_of_rows = blockIdx.x * (kWarps / kGroup) + warp / kGroup;
-    const int row = slice_of_rows / kSlices;  // query token * h_q + head
-    const int column = slice_of_rows % kSlices * kSliceColumns + lane * 4;
+// Block x merges one row of a sequence in the plan's merge list. Where sequences have few splits, four warps
+// take a slice of the row each; where they have many and rows are few (kGroups > 1), block (x, slice) merges
+// one slice, and its warps share the splits.
+template <typename T, int kGroups>
+__global__ void __launch_bounds__(32 * (kGroups == 1 ? kSlices : kGroups))
+    combine_kernel(const __grid_constant__ DecodeParams params) {
     const int rows = params.query_len * params.num_heads;
-    if (row >= rows) return;
+    const PartPlan& merge = params.parts[blockIdx.x / rows];
+    if (merge.merge_seq < 0) return;
+    const int row = blockIdx.x % rows;  // query token * h_q + head
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = kGroups == 1 ? 0 : warp;
+    const int column = (kGroups == 1 ? warp : blockIdx.y) * kSliceColumns + lane * 4;
+    const int64_t first_row = static_cast<int64_t>(merge.merge_first_slot) * rows + row;
+    const Slice slice{reinterpret_cast<const float4*>(params.out_partial + first_row * kHeadDimV + column),
+                      params.lse_partial + first_row, rows, merge.merge_splits};
 
-    const int first_slot = params.num_splits[seq];
-    const int splits = params.num_splits[seq + 1] - first_slot;
-    const int64_t first_row = static_cast<int64_t>(first_slot) * rows + row;
-    const float* lse_partial = params.lse_partial + first_row;
-    const auto* partial =
-        reinterpret_cast<const float4*>(params.out_partial + first_row * kHeadDimV + column);
-
-    const float lse = merge_lse(lse_partial, splits, rows);
-    const bool empty = lse == -INFINITY;
-    float4 sum = weighted_sum(partial, lse_partial, splits, rows, empty ? 0.f : lse, warp % kGroup, kGroup);
-    if constexpr (kGroup > 1) {
-        group_sum[warp][lane] = sum;
+    float4 value[kUnroll];
+    slice.load(value, group, kGroups);  // before the weights are known: both take a trip to L2
+    const float lse = merge_lse(slice.lse_partial, slice.splits, rows);
+    const float offset = lse == -INFINITY ? 0.f : lse;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    slice.accumulate(sum, value, offset, group, kGroups);
+    for (int first = group + kUnroll * kGroups; first < slice.splits; first += kUnroll * kGroups) {
+        slice.load(value, first, kGroups);
+        slice.accumulate(sum, value, offset, first, kGroups);
+    }
+    if constexpr (kGroups > 1) {
+        __shared__ float4 group_sum[kGroups][32];
+        group_sum[group][lane] = sum;
         __syncthreads();
-        if (warp % kGroup != 0) return;
-        for (int i = 1; i < kGroup; ++i) add(sum, 1.f, group_sum[warp + i][lane]);
+        if (group != 0) return;
+        for (int i = 1; i < kGroups; ++i) add(sum, 1.f, group_sum[i][lane]);
     }
 
     const int token = row / params.num_heads, head = row % params.num_heads;
-    T* out = static_cast<T*>(params.out) + seq * params.out_stride[0] + token * params.out_stride[1] +
-             head * params.out_stride[2];
+    T* out = static_cast<T*>(params.out) + merge.merge_seq * params.out_stride[0] +
+             token * params.out_stride[1] + head * params.out_stride[2];
     store(out + column, sum);
     if (column == 0) {
-        params.lse[seq * params.lse_stride[0] + head * params.lse_stride[1] + token * params.lse_stride[2]] =
-            empty ? INFINITY : lse;
+        params.lse[merge.merge_seq * params.lse_stride[0] + head * params.lse_stride[1] +
+                   token * params.lse_stride[2]] = lse == -INFINITY ? INFINITY : lse;
     }
-}
-
-template <typename T, int kGroup>
-void launch(const DecodeParams& params, cudaStream_t stream) {
-    const int slices = params.query_len * params.num_heads * kSlices;
-    constexpr int kSlicesPerBlock = kWarps / kGroup;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    const cudaLaunchConfig_t config{
-        .gridDim = dim3((slices + kSlicesPerBlock - 1) / kSlicesPerBlock, params.num_parts),
-        .blockDim = dim3(kThreads),
-        .dynamicSmemBytes = 0,
-        .stream = stream,
-        .attrs = &overlap,
-        .numAttrs = 1,
-    };
-    CUDA_CHECK(cudaLaunchKernelEx(&config, combine_kernel<T, kGroup>, params));
 }
 
 template <typename T>
 void launch(const DecodeParams& params, cudaStream_t stream) {
-    if (params.num_parts >= 4 * params.batch) {
-        launch<T, kWarps>(params, stream);
+    const int merges = std::min(params.batch, params.num_parts - 1);  // at most one cut a part
+    const int rows = merges * params.query_len * params.num_heads;
+    if (rows == 0) return;
+    // Shapes decide, never lengths: a captured graph is replayed with others.
+    const bool wide = params.num_parts >= 2 * kWideGroups * params.batch && rows <= kWideRows;
+    if (wide) {
+        combine_kernel<T, kWideGroups><<<dim3(rows, kSlices), 32 * kWideGroups, 0, stream>>>(params);
     } else {
-        launch<T, 1>(params, stream);
+        combine_kernel<T, 1><<<rows, 32 * kSlices, 0, stream>>>(params);
     }
+    CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace

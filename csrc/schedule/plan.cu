@@ -50,11 +50,12 @@ __device__ int smallest_budget(const Pages& pages, int batch, int num_parts, int
 
 // Hands the pages out part by part, as plan() of schedule.py does.
 __device__ void write_plan(const PlanParams& params, const Pages& pages, int budget) {
-    int seq = 0, page = 0, split = 0, splits_before = 0;
+    int seq = 0, page = 0, split = 0, splits_before = 0, merged = 0;
     params.num_splits[0] = 0;
     for (int part = 0; part < params.num_parts; ++part) {
         PartPlan plan{};
         plan.first_seq = seq;
+        plan.merge_seq = -1;
         if (seq < params.batch) {
             plan.first_page = page;
             plan.first_split = split;
@@ -64,6 +65,12 @@ __device__ void write_plan(const PlanParams& params, const Pages& pages, int bud
             const int rest = pages[seq] - page;
             if (kStartCost + rest <= left) {  // the sequence ends in this part
                 left -= kStartCost + rest;
+                if (split > 0) {  // the list's rows lag behind: this one is written already
+                    PartPlan& row = params.parts[merged++];
+                    row.merge_seq = seq;
+                    row.merge_first_slot = splits_before;
+                    row.merge_splits = split + 1;
+                }
                 splits_before += split + 1;
                 params.num_splits[seq + 1] = splits_before;
                 plan.last_seq = seq;

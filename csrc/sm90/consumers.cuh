@@ -35,10 +35,10 @@ __device__ inline void compute_scores(SharedStorage& shared, const RingPosition<
     wgmma::pin(scores);
 }
 
-// output (64 x 256) += weights (64 x 64) v; v is four tiles of the page, its rows are tokens.
+// Starts output (64 x 256) += weights (64 x 64) v; v is four tiles of the page, its rows are tokens.
 template <typename T>
-__device__ inline void add_weighted_values(const uint32_t (&weights)[16], const void* v_tiles,
-                                           float (&output)[128]) {
+__device__ inline void start_output(const uint32_t (&weights)[16], const void* v_tiles,
+                                    float (&output)[128]) {
     const uint64_t v = wgmma::descriptor(v_tiles, kTileBytes);
     wgmma::pin(output);
     wgmma::fence();
@@ -46,6 +46,9 @@ __device__ inline void add_weighted_values(const uint32_t (&weights)[16], const 
     for (int step = 0; step < 4; ++step)
         wgmma::Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128));
     wgmma::commit();
+}
+
+__device__ inline void finish_output(float (&output)[128]) {
     wgmma::wait<0>();
     wgmma::pin(output);
 }
@@ -76,33 +79,52 @@ __device__ inline void pack_weights(const float (&scores)[32], uint32_t (&weight
     for (int i = 0; i < 16; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1], T());
 }
 
-// Message to the second consumer: weights and scale of one page, or at the end of a split the scale alone.
-__device__ inline void hand_over(SharedStorage& shared, const uint32_t (&weights)[16], float2 scale) {
+// The first consumer tells the second by how much to scale the output, and a page's weights. These travel in
+// the place of the page's rope tile, which the scores no longer need. The two hold the same rows in the same
+// threads: a thread leaves its registers where its counterpart picks them up, without layout or bank
+// conflict.
+//
+// Only the arrival needs a barrier. The place is free again when the stage's next page has arrived there, for
+// which the second consumer had to give the tile back.
+__device__ inline void hand_over(SharedStorage& shared, int stage, const uint32_t (&weights)[16],
+                                 float2 scale) {
     const int thread = threadIdx.x % kWarpgroup;
-    ptx::named_barrier_wait(kHandoverEmpty, 2 * kWarpgroup);
+    auto* fragments = reinterpret_cast<uint4*>(shared.k[stage][kRopeTile]) + thread;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        shared.handover.p[i][thread] =
+        fragments[i * kWarpgroup] =
             make_uint4(weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3]);
-    shared.handover.scale[thread] = scale;
-    ptx::named_barrier_arrive(kHandoverFull, 2 * kWarpgroup);
+    shared.scale[stage][thread] = scale;
+    ptx::barrier_arrive(&shared.weights_full[stage]);
 }
 
-// The second consumer's side. It opens the exchange by one arrival at kHandoverEmpty.
-__device__ inline float2 take_over(SharedStorage& shared, uint32_t (&weights)[16]) {
+__device__ inline float2 take_over(SharedStorage& shared, const RingPosition<kStages>& stage,
+                                   uint32_t (&weights)[16]) {
     const int thread = threadIdx.x % kWarpgroup;
-    ptx::named_barrier_wait(kHandoverFull, 2 * kWarpgroup);
+    ptx::barrier_wait(&shared.weights_full[stage.slot], stage.parity);
+    const auto* fragments = reinterpret_cast<const uint4*>(shared.k[stage.slot][kRopeTile]) + thread;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint4 fragment = shared.handover.p[i][thread];
+        const uint4 fragment = fragments[i * kWarpgroup];
         weights[4 * i] = fragment.x;
         weights[4 * i + 1] = fragment.y;
         weights[4 * i + 2] = fragment.z;
         weights[4 * i + 3] = fragment.w;
     }
-    const float2 scale = shared.handover.scale[thread];
-    ptx::named_barrier_arrive(kHandoverEmpty, 2 * kWarpgroup);
-    return scale;
+    return shared.scale[stage.slot][thread];
+}
+
+// The same for the factors that end a split, in the stage of its last page.
+__device__ inline void hand_over_normalizer(SharedStorage& shared, int stage, float2 normalizer) {
+    shared.normalizer[stage][threadIdx.x % kWarpgroup] = normalizer;
+    ptx::barrier_arrive(&shared.normalizer_full[stage]);
+}
+
+// `parities`: bit i is that of stage i, for not every page ends a split.
+__device__ inline float2 take_over_normalizer(SharedStorage& shared, int stage, uint32_t& parities) {
+    ptx::barrier_wait(&shared.normalizer_full[stage], parities >> stage & 1);
+    parities ^= 1 << stage;
+    return shared.normalizer[stage][threadIdx.x % kWarpgroup];
 }
 
 __device__ inline void clear(float (&output)[128]) {
@@ -118,39 +140,47 @@ __device__ inline void consume_scores_and_left(const DecodeParams& params, Share
     RingPosition<kStages> stage;
     RingPosition<1> q_round;
     for_each_split(params, part, [&](const Split& split) {
-        clear(output);
         OnlineSoftmax softmax(params.softmax_scale);
+        if (split.is_empty()) {
+            store_no_output<T>(params, tile, split, 0);
+            store_lse(params, tile, split, softmax);
+            return;
+        }
+        clear(output);
         int visible[2];
         for (int h = 0; h < 2; ++h)
             visible[h] =
                 visible_keys(params, split.seq_len, tile.row(params, first_row_of_thread() + 8 * h).token);
         const int mask_from = keys_visible_to_all(params, split.seq_len);
-        if (split.page_begin < split.page_end) {
-            ptx::barrier_wait(&shared.q_full, q_round.parity);
-            q_round.next();
-        }
+        ptx::barrier_wait(&shared.q_full, q_round.parity);
+        q_round.next();
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int first_key = page * kPageSize;
+            const bool is_last = page + 1 == split.page_end;
             compute_scores<T>(shared, stage, scores);
-            warp_arrive(&shared.k_empty[stage.slot][kRope]);
-            if (page + 1 == split.page_end) warp_arrive(&shared.q_empty);
+            if (is_last) warp_arrive(&shared.q_empty);
 
             if (first_key + kPageSize > mask_from) mask_scores(scores, first_key, visible);
             const float2 scale = softmax.update(scores);
             pack_weights<T>(scores, weights);
-            hand_over(shared, weights, scale);
+            ptx::named_barrier_wait(kLeftWarpgroup, kWarpgroup);  // no warp's scores read the rope tile now
+            hand_over(shared, stage.slot, weights, scale);
 
             rescale_output(output, scale);
             if (split.seq_len < first_key + kPageSize)
                 zero_values_past_end(&shared.k[stage.slot][0], split.seq_len - first_key, kLeftWarpgroup);
-            add_weighted_values<T>(weights, shared.k[stage.slot][0], output);
+            start_output<T>(weights, shared.k[stage.slot][0], output);
+            finish_output(output);
+            if (is_last) {
+                softmax.finish();
+                hand_over_normalizer(shared, stage.slot, softmax.normalizer());
+                store_output<T>(params, tile, split, output, softmax.normalizer(), 0, shared.k[stage.slot][0],
+                                kLeftWarpgroup);
+                store_lse(params, tile, split, softmax);
+            }
             warp_arrive(&shared.k_empty[stage.slot][kLeftV]);
             stage.next();
         }
-        softmax.finish();
-        hand_over(shared, weights, softmax.normalizer());
-        store_lse(params, tile, split, softmax);
-        store_output<T>(params, tile, split, output, softmax.normalizer(), 0);
     });
 }
 
@@ -160,23 +190,37 @@ __device__ inline void consume_right(const DecodeParams& params, SharedStorage& 
     float output[128];
     uint32_t weights[16];
     RingPosition<kStages> stage;
-    ptx::named_barrier_arrive(kHandoverEmpty, 2 * kWarpgroup);
+    uint32_t normalizer_parities = 0;
     for_each_split(params, part, [&](const Split& split) {
+        if (split.is_empty()) {
+            store_no_output<T>(params, tile, split, kColumnsHalfV);
+            return;
+        }
         clear(output);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int first_key = page * kPageSize;
-            rescale_output(output, take_over(shared, weights));
+            uint8_t (*v_tiles)[kTileBytes] = &shared.k[stage.slot][kTilesHalfV];
+            const float2 scale = take_over(shared, stage, weights);
+            rescale_output(output, scale);
             for (int t = kTilesHalfV; t < kTilesV; ++t)
                 ptx::barrier_wait(&shared.k_full[stage.slot][t], stage.parity);
             if (split.seq_len < first_key + kPageSize)
-                zero_values_past_end(&shared.k[stage.slot][kTilesHalfV], split.seq_len - first_key,
-                                     kRightWarpgroup);
-            add_weighted_values<T>(weights, shared.k[stage.slot][kTilesHalfV], output);
+                zero_values_past_end(v_tiles, split.seq_len - first_key, kRightWarpgroup);
+            start_output<T>(weights, v_tiles, output);
+            // The copy engine may overwrite the weights' place once they have been written and read for good:
+            // the products have the registers, and the fence orders this thread's reads before the engine's
+            // writes.
+            ptx::fence_async_proxy();
+            warp_arrive(&shared.k_empty[stage.slot][kRope]);
+            finish_output(output);
+            if (page + 1 == split.page_end) {
+                const float2 normalizer = take_over_normalizer(shared, stage.slot, normalizer_parities);
+                store_output<T>(params, tile, split, output, normalizer, kColumnsHalfV, *v_tiles,
+                                kRightWarpgroup);
+            }
             warp_arrive(&shared.k_empty[stage.slot][kRightV]);
             stage.next();
         }
-        const float2 normalizer = take_over(shared, weights);
-        store_output<T>(params, tile, split, output, normalizer, kColumnsHalfV);
     });
 }
 

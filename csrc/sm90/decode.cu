@@ -21,6 +21,8 @@ __device__ void init_barriers(SharedStorage& shared) {
         for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(&shared.k_full[stage][tile], 1);
         for (int group = 0; group < kTileGroups; ++group)
             ptx::barrier_init(&shared.k_empty[stage][group], kWarps);
+        ptx::barrier_init(&shared.weights_full[stage], kWarpgroup);
+        ptx::barrier_init(&shared.normalizer_full[stage], kWarpgroup);
     }
     ptx::fence_barrier_init();
 }
@@ -34,7 +36,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int part = blockIdx.y;
     if (threadIdx.x == 0) init_barriers(shared);
     __syncthreads();
-    cudaTriggerProgrammaticLaunchCompletion();  // the merge may take its place; it waits for our results
 
     if (threadIdx.x < kWarpgroup) {
         ptx::take_registers<kConsumerRegisters>();

@@ -52,7 +52,7 @@ __device__ inline void load_queries(const DecodeParams& params, SharedStorage& s
     const int chunk = thread % kChunks;
     RingPosition<1> round;
     for_each_split(params, part, [&](const Split& split) {
-        if (split.page_begin == split.page_end) return;
+        if (split.is_empty()) return;
         ptx::barrier_wait(&shared.q_empty, round.parity ^ 1);
         for (int r = thread / kChunks; r < kTileRows; r += kQueryLoaders / kChunks) {
             const Row row = tile.row(params, r);

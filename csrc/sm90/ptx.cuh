@@ -51,10 +51,6 @@ __device__ inline void named_barrier_wait(int id, int threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ inline void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- copies ----
 
 // One box of a 4-D tensor into shared memory; completion is counted in bytes on `barrier`.
@@ -80,6 +76,22 @@ __device__ inline void load_16_bytes(uint32_t smem, const void* global, bool val
 
 __device__ inline void wait_16_byte_loads() {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// `bytes` (a multiple of 16) from shared to global memory by the copy engine.
+__device__ inline void store_bulk(void* global, const void* smem, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+                 "r"(smem_address(smem)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ inline void commit_bulk_stores() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until shared memory may be written again; the stores themselves may still be under way.
+__device__ inline void wait_bulk_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma or the copy engine.

@@ -24,25 +24,23 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;  // two consumers, then the producer
 
 // The page's tiles in the groups that are given back together: each V half by the warpgroup that multiplies
-// it, the rope tile as soon as the scores are done.
+// it, the rope tile once the weights that took its place are read.
 enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 
-// P of one page from the first consumer to the second. Both hold P's rows in the same threads, so a thread
-// leaves its registers where its counterpart picks them up: no layout, no bank conflict, no fence.
-struct Handover {
-    uint4 p[4][kWarpgroup];    // p[k]: the A fragment of tokens 16 k to 16 k + 15
-    float2 scale[kWarpgroup];  // by how much to scale the output first; of the thread's two rows
-};
-
-enum NamedBarrier { kLeftWarpgroup = 1, kRightWarpgroup, kHandoverFull, kHandoverEmpty };
+enum NamedBarrier { kLeftWarpgroup = 1, kRightWarpgroup };  // id 0 is __syncthreads'
 
 struct SharedStorage {
     alignas(1024) uint8_t q[kTiles][kTileBytes];
     alignas(1024) uint8_t k[kStages][kTiles][kTileBytes];
-    Handover handover;
+    // From the first consumer to the second, a float2 for each thread's two rows: by how much to scale the
+    // output before the page is added, and after the last.
+    float2 scale[kStages][kWarpgroup];
+    float2 normalizer[kStages][kWarpgroup];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages][kTiles];
     uint64_t k_empty[kStages][kTileGroups];
+    uint64_t weights_full[kStages];
+    uint64_t normalizer_full[kStages];
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024, "exceeds the shared memory of a thread block");
 

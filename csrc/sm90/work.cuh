@@ -14,6 +14,7 @@ struct Split {
     int partial_slot;  // index into out_partial, or -1 where the split is the whole sequence
 
     __device__ bool is_partial() const { return partial_slot >= 0; }
+    __device__ bool is_empty() const { return page_begin == page_end; }
 };
 
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.

@@ -30,13 +30,16 @@ CPU_PARTS = 16
 
 
 class Field(IntEnum):
-    """Columns of a row of `tile_scheduler_metadata`; the rest of the 8 are zero."""
+    """Columns of a row of `tile_scheduler_metadata`: a part's work, and an entry of the merge list."""
 
     FIRST_SEQ = 0  # batch index of the first split; the batch size marks an idle part
     FIRST_PAGE = 1  # page of FIRST_SEQ the part starts at
     LAST_SEQ = 2  # batch index of the last split, inclusive
     LAST_PAGE_END = 3  # page of LAST_SEQ the part stops before
     FIRST_SPLIT = 4  # the first split's number within FIRST_SEQ
+    MERGE_SEQ = 5  # in row i: the i-th sequence that has several splits; -1 past the last
+    MERGE_FIRST_SLOT = 6  # its first split's place among all splits, num_splits[MERGE_SEQ]
+    MERGE_SPLITS = 7  # how many it has
 
 
 METADATA_WIDTH = 8
@@ -120,6 +123,8 @@ def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.
     pages = [ceil_div(n, PAGE_SIZE) for n in cache_seqlens]
     batch, budget = len(pages), _smallest_budget(pages, parts)
     metadata = torch.zeros(parts, METADATA_WIDTH, dtype=torch.int32)
+    metadata[:, Field.MERGE_SEQ] = -1
+    merged = 0
     num_splits = torch.zeros(batch + 1, dtype=torch.int32)
     seq, page, split = 0, 0, 0  # the next page to hand out, and its split's number
     for part in range(parts):
@@ -135,6 +140,11 @@ def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.
                 left -= START_COST + rest
                 num_splits[seq + 1] = num_splits[seq] + split + 1
                 row[Field.LAST_SEQ], row[Field.LAST_PAGE_END] = seq, pages[seq]
+                if split > 0:
+                    metadata[merged, Field.MERGE_SEQ] = seq
+                    metadata[merged, Field.MERGE_FIRST_SLOT] = num_splits[seq]
+                    metadata[merged, Field.MERGE_SPLITS] = split + 1
+                    merged += 1
                 seq, page, split = seq + 1, 0, 0
                 continue
             if left > START_COST:  # the sequence is cut here

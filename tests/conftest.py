@@ -1,0 +1,29 @@
+"""Tests marked `gpu` run where there is a Hopper GPU, and are skipped, and counted, elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def _why_no_hopper() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"{torch.cuda.get_device_name()} is not a Hopper GPU"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_hopper()
+    if reason is None:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU always, and the GPU where there is one."""
+    return torch.device(request.param, 0 if request.param == "cuda" else None)

@@ -1,0 +1,19 @@
+"""A small sweep on the GPU for compute-sanitizer, which runs it a hundred times slower."""
+
+from __future__ import annotations
+
+import torch
+from mla_cases import Case, assert_agree, expected, make_inputs, run
+
+CASES = [
+    Case((0, 1, 63, 64, 65), h_q=16),
+    Case((0, 3, 700), s_q=4, h_q=20, causal=True),
+    Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
+    Case((4000,), h_q=128),  # one sequence over all parts
+]
+
+if __name__ == "__main__":
+    for case in CASES:
+        inputs = make_inputs(case, torch.device("cuda", 0))
+        assert_agree(run(case, inputs), expected(case, inputs))
+        print(case, flush=True)

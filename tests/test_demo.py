@@ -1,0 +1,33 @@
+"""`vllm-flashmla demo` answers prompts through vLLM; its exit status says whether it was right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_flashmla_backend.cli import main
+
+pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []
+
+
+def test_demo_answers_right_and_ends_with_its_table():
+    command = [sys.executable, "-m", "vllm_flashmla_backend.cli", "demo", "--prompts", "8"]
+    said = subprocess.run(command, env=os.environ | {"COLUMNS": "120"}, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout[-4000:] + said.stderr[-4000:]
+    assert "8 of 8 prompts (100.0%)" in said.stdout
+    for row in ("tokens per second", "pages used", "vLLM", "device", "FlashMLABackend", "kernels"):
+        assert row in said.stdout
+
+
+def test_demo_without_a_model_says_which_it_expects(tmp_path):
+    with pytest.raises(SystemExit, match="no config.json; expected the repository.s configs/recall"):
+        main(["demo", "--model", str(tmp_path)])
+
+
+def test_demo_needs_a_prompt():
+    with pytest.raises(SystemExit, match="--prompts is 0, expected at least 1"):
+        main(["demo", "--prompts", "0"])

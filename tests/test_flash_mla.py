@@ -1,0 +1,320 @@
+"""Decode against the naive attention, on the CPU and on a Hopper GPU, all unused memory poisoned.
+
+Under pytest: the sweep. As a script, `python tests/test_flash_mla.py [--quick]`: FlashMLA's benchmark
+cases, each checked and then timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mla_cases import SCALE, Case, assert_agree, expected, make_inputs, nan_results, run
+
+from vllm_flashmla_backend.flash_mla import (
+    flash_mla_decode,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
+from vllm_flashmla_backend.flash_mla.interface import plan_into
+from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
+
+MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
+SHORT = (0, 1, 2, 5, 64, 67, 200)
+
+HEADS = [Case(MIXED, h_q=h_q) for h_q in (1, 3, 6, 8, 9, 12, 16, 20, 32, 63, 64, 126, 128)]
+QUERY_LENGTHS = [Case(SHORT, s_q=s_q, causal=causal) for s_q in range(1, 9) for causal in (False, True)]
+KV_HEADS = [
+    Case(SHORT, s_q=s_q, h_q=h_q, h_kv=h_kv, causal=True)
+    for s_q in (1, 3)
+    for h_q, h_kv in ((16, 2), (6, 3), (9, 3), (126, 3), (8, 8), (128, 8))
+]
+LAYOUTS = [
+    Case(SHORT, s_q=s_q, h_q=12, h_kv=h_kv, causal=True, strided=True) for s_q in (1, 4) for h_kv in (1, 3)
+]
+FLOAT16 = [Case(MIXED, h_q=16, dtype=torch.float16), Case(SHORT, s_q=2, causal=True, dtype=torch.float16)]
+EXTREMES = [
+    Case((0, 0, 0)),  # nothing to see at all
+    Case((20_000,), h_q=16),  # one sequence, cut into as many splits as there are parts
+    Case((700, 701), s_q=8, h_q=128, causal=True),  # 1,024 rows that share a KV head
+    Case((70,) * 150, h_q=4),  # many more sequences than parts
+    Case((5000,) + (1,) * 40, h_q=20),  # one that outlasts the rest of its batch
+]
+ALL = HEADS + QUERY_LENGTHS + KV_HEADS + LAYOUTS + FLOAT16 + EXTREMES
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_decode_agrees_with_the_naive_attention(case, device):
+    """Known failures 2, 4, 6, 9, 10: empty rows, query lengths, NaN in unused memory, heads, strides."""
+    inputs = make_inputs(case, device)
+    assert_agree(run(case, inputs), expected(case, inputs))
+
+
+@pytest.mark.parametrize("case", [Case(MIXED, dtype=torch.float32, h_q=3)], ids=str)
+def test_float32_on_the_cpu_is_exact_to_float32(case):
+    inputs = make_inputs(case, torch.device("cpu"))
+    got, want = run(case, inputs), expected(case, inputs)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-6)
+
+
+def test_length_zero_gives_zero_and_inf(device):
+    """Known failures 2, 8: a padded row of a CUDA graph, or a rank's empty share of a context."""
+    case = Case((0, 64), s_q=2, h_q=16)
+    out, lse = run(case, make_inputs(case, device))
+    assert torch.all(out[0] == 0)
+    assert torch.all(lse[0] == torch.inf)
+    assert torch.all(lse[1].isfinite())
+
+
+def test_causal_query_before_the_first_key_gives_zero_and_inf(device):
+    """Known failure 4: of 4 query tokens over 3 keys the first sees none, the last sees 3."""
+    case = Case((3,), s_q=4, h_q=16, causal=True)
+    inputs = make_inputs(case, device)
+    out, lse = run(case, inputs)
+    assert torch.all(out[0, 0] == 0)
+    assert torch.all(lse[0, :, 0] == torch.inf)
+    assert torch.all(lse[0, :, 1:].isfinite())
+    only_key = inputs.k_cache[inputs.block_table[0, 0], 0, 0, :512]
+    torch.testing.assert_close(out[0, 1], only_key.expand(16, 512), rtol=0, atol=0)
+
+
+def test_float32_scores_keep_one_overwhelming_key(device):
+    """Scores of hundreds: the softmax must subtract the largest, across splits too."""
+    case = Case((3000,), h_q=16)
+    inputs = make_inputs(case, device)
+    inputs.q_nope.mul_(30)
+    assert_agree(run(case, inputs), expected(case, inputs))
+
+
+def test_flashmlas_quick_start(device):
+    """FlashMLA's own call, q in one tensor, gives what the backend's entry gives."""
+    case = Case(MIXED, s_q=2, h_q=16, causal=True)
+    inputs = make_inputs(case, device)
+    metadata = get_mla_metadata(inputs.cache_seqlens, case.s_q * case.h_q // case.h_kv, case.h_kv)
+    got = flash_mla_with_kvcache(
+        inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *metadata, causal=True
+    )
+    want = run(case, inputs)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_plan_made_at_the_first_call_serves_the_next(device):
+    """FlashMLA's later style: get_mla_metadata() without arguments."""
+    case = Case(MIXED, h_q=16)
+    inputs = make_inputs(case, device)
+    plan, nothing = get_mla_metadata()
+    assert nothing is None
+    tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    first = flash_mla_with_kvcache(*tensors, 512, plan)
+    metadata = plan.tile_scheduler_metadata
+    second = flash_mla_with_kvcache(*tensors, 512, plan)
+    assert plan.tile_scheduler_metadata is metadata, "planned once"
+    assert_agree(first, expected(case, inputs))
+    assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["reference", "flash_mla"])
+def test_other_kernels_agree_on_the_gpu(kernels, monkeypatch):
+    monkeypatch.setenv(CHOICE_VARIABLE, kernels)
+    try:
+        provider_for(torch.device("cuda", 0))
+    except ValueError as error:
+        pytest.skip(str(error))
+    case = Case((1, 64, 700, 3000), h_q=16)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    # FlashMLA multiplies what lies past the length in the last page by zero: give it numbers there.
+    inputs.k_cache.nan_to_num_(0.0)
+    inputs.block_table.clamp_(0, inputs.k_cache.shape[0] - 1)
+    assert_agree(run(case, inputs), expected(case, inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan_in_graph", [True, False])
+def test_replayed_graph_follows_new_lengths(plan_in_graph):
+    """Known failures 1, 2: one captured graph, other lengths, padded rows, equal to eager bit for bit."""
+    gpu = torch.device("cuda", 0)
+    largest = Case((3000,) * 8, h_q=16)
+    static = make_inputs(largest, gpu)
+    plan = get_mla_metadata(static.cache_seqlens, 16, 1)
+    out, lse = nan_results(largest, gpu)
+
+    def step() -> None:
+        if plan_in_graph:
+            plan_into(static.cache_seqlens, *plan)
+        q = (static.q_nope, static.q_pe)
+        flash_mla_decode(
+            *q, static.k_cache, static.block_table, static.cache_seqlens, *plan, SCALE, False, out, lse
+        )
+
+    graph = _capture(step)
+    for seed, lengths in enumerate([(1, 2500, 64, 65, 0, 0, 0, 0), (3000,) * 8, (0,) * 8, (700,) * 7 + (0,)]):
+        case = Case(lengths, h_q=16)
+        fresh = make_inputs(case, gpu, seed)
+        static.q_nope.copy_(fresh.q_nope)
+        static.q_pe.copy_(fresh.q_pe)
+        static.k_cache.fill_(torch.nan)[: fresh.k_cache.shape[0]] = fresh.k_cache
+        static.block_table.fill_(-1)[:, : fresh.block_table.shape[1]] = fresh.block_table
+        static.cache_seqlens.copy_(fresh.cache_seqlens)
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        if not plan_in_graph:
+            plan_into(static.cache_seqlens, *plan)
+        graph.replay()
+        eager = run(case, fresh)
+        assert torch.equal(out, eager[0])
+        assert torch.equal(lse, eager[1])
+
+
+@pytest.mark.gpu
+def test_pages_past_two_to_the_32_elements():
+    """Known failure 11: page 116,509 begins past element 2^32, page 58,255 past 2^31 and byte 2^32."""
+    case, gpu = Case((200, 130), h_q=16), torch.device("cuda", 0)
+    small = make_inputs(case, gpu)
+    first = 116_600
+    k_cache = torch.full(
+        (first + small.k_cache.shape[0], 64, 1, 576), torch.nan, dtype=case.dtype, device=gpu
+    )
+    assert first * k_cache.stride(0) > 2**32
+    k_cache[first:] = small.k_cache
+    k_cache[58_300:58_302] = small.k_cache[small.block_table[0, :2]]
+    block_table = small.block_table + first
+    block_table[0, :2] = torch.tensor([58_300, 58_301], dtype=torch.int32, device=gpu)
+    plan = get_mla_metadata(small.cache_seqlens, 16, 1)
+    got = flash_mla_with_kvcache(small.q, k_cache, block_table, small.cache_seqlens, 512, *plan)
+    assert_agree(got, expected(case, small))
+
+
+@pytest.mark.gpu
+def test_decode_never_waits_for_the_gpu():
+    """No host synchronisation in planning or decoding: torch raises on each one that it makes."""
+    case = Case(MIXED, h_q=16)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    run(case, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(case, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_is_clean(tool):
+    """Known failure 2: no access outside of a tensor; and no race in shared memory."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    sweep = Path(__file__).with_name("sanitizer_sweep.py")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, str(sweep)]
+    # Without torch's caching every tensor has its own allocation, and reads past its end are seen.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def _capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """One call of `step` as a CUDA graph, warmed up before."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def benchmark_cases(on_gpu: bool, quick: bool) -> list[Case]:
+    """FlashMLA's benchmark: fixed lengths, then lengths normal around s_k with half of it as deviation."""
+    if not on_gpu:
+        b, key_lengths, heads, query_lengths = 4, (512,), (16, 64), (1, 2)
+    elif quick:
+        b, key_lengths, heads, query_lengths = 128, (4096,), (16, 128), (1,)
+    else:
+        b, key_lengths, heads, query_lengths = 128, (4096, 8192), (16, 32, 64, 128), (1, 2)
+    cases = []
+    for s_k, h_q, s_q, varies in itertools.product(key_lengths, heads, query_lengths, (False, True)):
+        lengths = torch.full((b,), float(s_k))
+        if varies:
+            lengths += torch.randn(b, generator=torch.Generator().manual_seed(0)) * s_k / 2
+        cases.append(Case(tuple(lengths.int().clamp_min(s_q).tolist()), s_q=s_q, h_q=h_q, causal=True))
+    return cases
+
+
+def milliseconds(step: Callable[[], None], on_gpu: bool, repeats: int) -> float:
+    """Mean time of `step`: replays of a CUDA graph on a GPU, calls on a CPU."""
+    if not on_gpu:
+        step()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        return (time.perf_counter() - start) * 1e3 / repeats
+    graph = _capture(step)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def benchmark_row(case: Case, device: torch.device) -> tuple[float, float, float]:
+    """Check one case, then time its decode: milliseconds, TFLOPS, GB/s."""
+    inputs, on_gpu = make_inputs(case, device), device.type == "cuda"
+    assert_agree(run(case, inputs), expected(case, inputs, torch.float32))
+    plan = get_mla_metadata(inputs.cache_seqlens, case.s_q * case.h_q, 1)
+    out, lse = nan_results(case, device)
+
+    def step() -> None:
+        tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+        flash_mla_decode(*tensors, *plan, SCALE, case.causal, out, lse)
+
+    ms = milliseconds(step, on_gpu, repeats=50 if on_gpu else 5)
+    tokens, rows = sum(case.lengths), len(case.lengths) * case.s_q * case.h_q
+    flops = 2 * case.h_q * case.s_q * tokens * (576 + 512)
+    moved = tokens * 576 * 2 + rows * (576 + 512) * 2
+    return ms, flops / ms / 1e9, moved / ms / 1e6
+
+
+def main() -> int:
+    """Check and time the benchmark cases; the exit status is 1 if any of them is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few of the cases")
+    quick = parser.parse_args().quick
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else "no GPU here: small cases on the CPU"
+    print(f"{where}; kernels: {provider_for(device).name}; bfloat16, causal, checked against float32")
+    print(
+        f"{'b':>4} {'mean s_k':>8} {'lengths':>8} {'s_q':>4} {'h_q':>4} {'ms':>9} {'TFLOPS':>8} {'GB/s':>7}"
+    )
+    wrong = 0
+    for case in benchmark_cases(on_gpu, quick):
+        b, kind = len(case.lengths), "fixed" if len(set(case.lengths)) == 1 else "variable"
+        row = f"{b:>4} {sum(case.lengths) // b:>8} {kind:>8} {case.s_q:>4} {case.h_q:>4}"
+        try:
+            ms, tflops, gbs = benchmark_row(case, device)
+            print(f"{row} {ms:>9.4f} {tflops:>8.2f} {gbs:>7.1f}", flush=True)
+        except AssertionError as error:
+            wrong += 1
+            print(f"{row} WRONG: {error}", flush=True)
+    print(f"{wrong} wrong" if wrong else "all right")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`vllm-flashmla plan`: what is drawn is what the plan says, no page more and none less."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vllm_flashmla_backend.cli import main, plan
+from vllm_flashmla_backend.flash_mla import schedule
+
+LENGTHS = [100, 2000, 0, 30_000, 64, 5_000]
+PARTS = 12
+
+
+@pytest.fixture
+def work():
+    metadata, _ = schedule.plan(LENGTHS, PARTS)
+    return plan.by_part(schedule.splits_of(metadata, LENGTHS), PARTS)
+
+
+def expected() -> list[tuple[int, str]]:
+    """Part and piece of every split, in words of this test's own."""
+    metadata, _ = schedule.plan(LENGTHS, PARTS)
+    return [(s.part, f"{s.seq}[{s.page_begin}:{s.page_end})") for s in schedule.splits_of(metadata, LENGTHS)]
+
+
+def test_terminal_names_every_split_of_every_part(work):
+    found = []
+    for line in plan.lines(work):
+        part = int(re.match(r"part +(\d+)", line.plain).group(1))
+        found += [(part, piece) for piece in re.findall(r"\d+\[\d+:\d+\)", line.plain)]
+    assert found == expected()
+
+
+def test_terminal_bars_are_as_long_as_the_parts_work(work):
+    longest = max(map(plan.num_pages, work))
+    for line, splits in zip(plan.lines(work), work, strict=True):
+        drawn = sum(line.plain.count(shade) for shade in plan.SHADES)
+        assert drawn == round(plan.num_pages(splits) / longest * plan.BAR_WIDTH)
+
+
+def test_png_has_a_piece_for_every_split(work):
+    figure = plan.draw(work, LENGTHS)
+    pieces = [(round(bar.get_y() + bar.get_height() / 2), bar.get_width()) for bar in figure.axes[0].patches]
+    metadata, _ = schedule.plan(LENGTHS, PARTS)
+    splits = schedule.splits_of(metadata, LENGTHS)
+    assert pieces == [(split.part, split.page_end - split.page_begin) for split in splits]
+    assert sum(width for _, width in pieces) == sum(-(-n // 64) for n in LENGTHS)
+
+
+def test_command_draws_in_the_terminal_and_as_png(tmp_path, capsys):
+    lens = ",".join(map(str, LENGTHS))
+    assert main(["plan", "--lens", lens, "--parts", str(PARTS)]) == 0
+    said = capsys.readouterr().out
+    assert all(piece in said for _, piece in expected())
+    assert f"6 sequences, {sum(-(-n // 64) for n in LENGTHS)} pages" in said
+    png = tmp_path / "plan.png"
+    assert main(["plan", "--lens", lens, "--parts", str(PARTS), "--out", str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_follow_the_heads(monkeypatch, capsys):
+    """128 heads are two tiles of 64 rows: half as many parts as SMs."""
+    monkeypatch.setattr(plan, "num_sms", lambda: 132)
+    for heads, parts in (("16", 132), ("128", 66)):
+        assert main(["plan", "--lens", "50000", "--heads", heads]) == 0
+        assert f"of {parts} parts busy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lens", "5,x"], "--lens is '5,x'"),
+        (["--lens", ","], "--lens is ','"),
+        (["--lens", "5", "--heads", "0"], "--heads is 0"),
+        (["--lens", "5", "--parts", "-1"], "--parts is -1"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["plan", *options])

@@ -1,0 +1,250 @@
+"""What the backend tells vLLM without an engine: registration, hooks, refusals, hand-over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.platforms.interface import DeviceCapability  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm_helpers import MODEL, ON_GPU  # noqa: E402
+
+import vllm_flashmla_backend  # noqa: E402
+from vllm_flashmla_backend.attention import compat, impl, metadata  # noqa: E402
+from vllm_flashmla_backend.attention.backend import FlashMLABackend  # noqa: E402
+from vllm_flashmla_backend.attention.cpu import FlashMLACpuImpl  # noqa: E402
+
+cpu_only = pytest.mark.skipif(ON_GPU, reason="vLLM runs on a GPU here")
+HOPPER, AMPERE = DeviceCapability(9, 0), DeviceCapability(8, 0)
+
+
+def test_registering_twice_is_registering_once():
+    vllm_flashmla_backend.register()
+    vllm_flashmla_backend.register()
+    assert AttentionBackendEnum.FLASHMLA.get_path() == vllm_flashmla_backend.BACKEND
+    assert AttentionBackendEnum.FLASHMLA.get_class() is FlashMLABackend
+
+
+def test_vllms_own_class_stays_within_reach_after_registering():
+    vllm_flashmla_backend.register()
+    own = compat.vllm_flashmla_backend()
+    assert own.__module__.startswith("vllm.v1.") and own.get_name() == "FLASHMLA"
+
+
+def test_registering_loads_no_kernels_and_leaves_cuda_alone():
+    code = (
+        "import sys, vllm_flashmla_backend as plugin; assert 'torch' not in sys.modules\n"
+        "plugin.register(); import torch; assert not torch.cuda.is_initialized()\n"
+        "assert not [m for m in sys.modules if m.startswith('vllm_flashmla_backend.')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_platform_is_named_only_where_vllm_runs_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("vllm.platforms.cpu_platform_plugin", lambda: "vllm.platforms.cpu.CpuPlatform")
+    assert vllm_flashmla_backend.cpu_platform() == vllm_flashmla_backend.CPU_PLATFORM
+    monkeypatch.setattr("vllm.platforms.cpu_platform_plugin", lambda: None)
+    assert vllm_flashmla_backend.cpu_platform() is None
+
+
+@cpu_only
+def test_vllm_has_found_the_cpu_platform():
+    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    assert name == vllm_flashmla_backend.CPU_PLATFORM
+
+
+OVERRIDES = [
+    (FlashMLABackend, mla_attention.MLACommonBackend),
+    (impl.FlashMLAImpl, mla_attention.MLACommonImpl),
+    (FlashMLACpuImpl, mla_attention.MLACommonImpl),
+    (metadata.FlashMLAMetadataBuilder, mla_attention.MLACommonMetadataBuilder),
+]
+
+
+@pytest.mark.parametrize("ours, base", OVERRIDES, ids=lambda cls: cls.__name__)
+def test_overridden_hooks_exist_in_vllm_and_take_its_arguments(ours, base):
+    own_helpers = {"_attend", "__new__", "__init__"}
+    for name, member in vars(ours).items():
+        function = getattr(member, "__func__", member)
+        if not inspect.isfunction(function) or name in own_helpers:
+            continue
+        assert hasattr(base, name), f"vLLM {vllm.__version__} has no hook {base.__name__}.{name}"
+        taken = inspect.signature(function).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            continue
+        passed = inspect.signature(inspect.unwrap(getattr(base, name))).parameters
+        assert set(passed) <= set(taken), f"{base.__name__}.{name} also takes {set(passed) - set(taken)}"
+
+
+def why_not(**changes) -> str | None:
+    configuration = dict(
+        head_size=576,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="auto",
+        block_size=64,
+        use_mla=True,
+        has_sink=False,
+        use_sparse=False,
+        use_mm_prefix=False,
+        device_capability=HOPPER if ON_GPU else None,
+    )
+    return FlashMLABackend.supports_combination(**configuration | changes)
+
+
+@pytest.mark.parametrize("block_size", [None, 64, 128, 256])
+def test_blocks_of_whole_pages_are_served(block_size):
+    assert why_not(block_size=block_size) is None
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(use_mla=False), "MLA models only"),
+        (dict(head_size=320), "head size must be 576 .*got 320"),
+        (dict(dtype=torch.float64), "dtype must be bfloat16 or float16 .*got torch.float64"),
+        (dict(block_size=16), "--block-size must be a multiple of 64 .*got 16"),
+        (dict(block_size=96), "--block-size must be a multiple of 64 .*got 96"),
+        (dict(device_capability=AMPERE), r"Hopper GPUs \(compute capability 9.0\), this GPU has 8.0"),
+        (dict(device_capability=None, kv_cache_dtype="fp8"), "--kv-cache-dtype fp8 needs a Hopper GPU"),
+        (
+            dict(kv_cache_dtype="float16"),
+            r"must be auto or the model's dtype \(torch.bfloat16\), got float16",
+        ),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_reason(changes, reason):
+    assert re.search(reason, why_not(**changes) or "served")
+
+
+def test_an_fp8_cache_on_hopper_is_not_refused():
+    assert why_not(device_capability=HOPPER, kv_cache_dtype="fp8") is None
+
+
+def test_kernels_that_cannot_run_are_a_reason(monkeypatch):
+    monkeypatch.setenv("VLLM_FLASHMLA_KERNELS", "cutlass")
+    assert "got 'cutlass', expected one of auto, native, flash_mla, reference" in why_not()
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(block_size=16), "--block-size must be a multiple of 64 .*got 16"),
+        (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype fp8 needs a Hopper GPU"),
+    ],
+)
+def test_the_command_line_is_refused_before_the_engine_starts(options, reason):
+    with pytest.raises(ValueError, match=f"attention backend FLASHMLA: {reason}"):
+        EngineArgs(model=MODEL, attention_backend="FLASHMLA", **options).create_engine_config()
+
+
+@cpu_only
+def test_a_model_without_mla_is_refused(tmp_path):
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        vocab_size=64,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = EngineArgs(model=str(tmp_path), attention_backend="FLASHMLA", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="serves MLA models only, and this model's attention is not MLA"):
+        args.create_engine_config()
+
+
+@cpu_only
+def test_configuration_on_a_cpu_keeps_chunked_prefill_prefix_caching_and_blocks():
+    config = EngineArgs(model=MODEL, attention_backend="FLASHMLA", block_size=128).create_engine_config()
+    assert config.cache_config.block_size == 128
+    assert config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill
+    assert "-rotary_embedding" in config.compilation_config.custom_ops
+    default = EngineArgs(model=MODEL, attention_backend="FLASHMLA").create_engine_config()
+    assert default.cache_config.block_size == 64
+
+
+@cpu_only
+def test_without_flashmla_the_cpu_platform_is_vllms_own():
+    config = EngineArgs(model=MODEL).create_engine_config()
+    base = type(current_platform).__mro__[1]
+    assert base.__module__.startswith("vllm.platforms.")
+    assert "-rotary_embedding" not in config.compilation_config.custom_ops
+    question = AttentionBackendEnum.CPU_MLA, SimpleNamespace(use_sparse=False, use_mla=True)
+    assert current_platform.get_attn_backend_cls(*question) == base.get_attn_backend_cls(*question)
+
+
+def test_an_fp8_cache_goes_to_vllms_own_classes(monkeypatch):
+    own = SimpleNamespace(
+        get_impl_cls=lambda: lambda **kwargs: ("vLLM's impl", kwargs),
+        get_builder_cls=lambda: lambda *args: ("vLLM's builder", args),
+    )
+    monkeypatch.setattr(impl, "vllm_flashmla_backend", lambda: own)
+    monkeypatch.setattr(metadata, "vllm_flashmla_backend", lambda: own)
+    arguments = dict(num_heads=16, kv_cache_dtype="fp8_e4m3")
+    assert impl.FlashMLAImpl(**arguments) == ("vLLM's impl", arguments)
+    spec = SimpleNamespace(cache_dtype_str="fp8_e4m3")
+    assert metadata.FlashMLAMetadataBuilder(spec, ["layer"]) == ("vLLM's builder", (spec, ["layer"]))
+
+
+def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch):
+    def common_init(self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls):
+        self.num_heads, self.dcp_world_size, self.device = 16, 4, device
+
+    asked = []
+    monkeypatch.setattr(mla_attention.MLACommonMetadataBuilder, "__init__", common_init)
+    monkeypatch.setattr(metadata, "num_parts", lambda device, rows, kv_heads: asked.append(rows) or 8)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
+    spec, device = SimpleNamespace(cache_dtype_str="auto"), torch.device("cpu")
+    builder = metadata.FlashMLAMetadataBuilder(spec, ["layer"], config, device)
+    decode = builder._build_decode(
+        block_table_tensor=torch.zeros(2, 1, dtype=torch.int32),
+        seq_lens_device=torch.tensor([5, 70], dtype=torch.int32),
+        max_seq_len=70,
+        query_start_loc_cpu=torch.tensor([0, 3, 6]),
+        query_start_loc_device=torch.tensor([0, 3, 6]),
+        num_decode_tokens=6,
+        dcp_tot_seq_lens_device=None,
+        **({"max_query_len": 3} if "max_query_len" in _build_decode_parameters() else {}),
+    )
+    assert asked == [16 * 4, 3 * 16 * 4]
+    assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
+
+
+def _build_decode_parameters():
+    return inspect.signature(mla_attention.MLACommonMetadataBuilder._build_decode).parameters
+
+
+def test_decode_takes_q_in_one_tensor_too_and_returns_lse_by_token():
+    """Decode context parallelism gathers q as one tensor, and reduces out and lse by token."""
+    torch.manual_seed(0)
+    layer = object.__new__(impl.FlashMLAImpl)
+    layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
+    seq_lens = torch.tensor([100, 7, 0], dtype=torch.int32)
+    buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    metadata.plan_into(seq_lens, *buffers)
+    block_table = torch.tensor([[1, 2], [3, -1], [-1, -1]], dtype=torch.int32)
+    decode = metadata.FlashMLADecodeMetadata(block_table, seq_lens, None, *buffers)
+    step = SimpleNamespace(decode=decode, num_decodes=3)
+    q, cache = torch.randn(6, 4, 576), torch.randn(4, 64, 576)
+    out, lse = layer.forward_mqa(q, cache, step, None)
+    split_out, split_lse = layer.forward_mqa(q.split([512, 64], dim=-1), cache, step, None)
+    assert out.shape == (6, 4, 512) and lse.shape == (6, 4)
+    assert torch.equal(out, split_out) and torch.equal(lse, split_lse)
+    last = (q[1] @ cache[[1, 2]].flatten(0, 1)[:100].T * layer.scale).logsumexp(-1)  # sees all 100 keys
+    torch.testing.assert_close(lse[1], last)
+    assert not out[4:].any() and lse[4:].isposinf().all()  # an empty shard

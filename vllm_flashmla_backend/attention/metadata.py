@@ -1,0 +1,85 @@
+"""The builder: one plan per step, made from the decode slice, into buffers that live on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonDecodeMetadata,
+    MLACommonMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ..flash_mla.interface import num_parts, plan_into
+from ..flash_mla.schedule import METADATA_WIDTH
+from .compat import vllm_flashmla_backend
+
+
+@dataclass
+class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
+    """What every layer needs to decode: the tables, and the step's plan over them."""
+
+    tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
+    num_splits: torch.Tensor  # (num_decodes + 1,) int32
+
+
+@dataclass
+class FlashMLAMetadata(MLACommonMetadata[FlashMLADecodeMetadata]):
+    """Metadata of one step, shared by all layers."""
+
+
+class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
+    """Builds the metadata of a step and plans its decode slice, once for all layers.
+
+    The plan is written into the same two buffers every step: a captured CUDA graph reads their
+    addresses, and finds the plan of the step that it is replayed in.
+
+    With an FP8 cache, constructing this class gives vLLM's own builder instead.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+    reorder_batch_threshold: int = 1
+
+    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any):
+        if is_quantized_kv_cache(kv_cache_spec.cache_dtype_str):
+            return vllm_flashmla_backend().get_builder_cls()(kv_cache_spec, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, FlashMLAMetadata)
+        # decode context parallelism gathers the heads of its ranks before the kernel runs
+        self.num_query_heads = self.num_heads * self.dcp_world_size
+        # one query token a sequence takes the most parts: more rows need more blocks per part
+        max_parts = num_parts(device, self.num_query_heads, 1)
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.tile_scheduler_metadata = torch.zeros(
+            max_parts, METADATA_WIDTH, dtype=torch.int32, device=device
+        )
+        self.num_splits = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+
+    def _build_decode(self, **kwargs: Any) -> FlashMLADecodeMetadata:
+        decode = super()._build_decode(**kwargs)
+        batch = decode.seq_lens.shape[0]
+        # the decode slice is uniform, padding of a captured graph included
+        query_len = kwargs["num_decode_tokens"] // batch
+        parts = num_parts(self.device, query_len * self.num_query_heads, 1)
+        tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
+        num_splits = self.num_splits[: batch + 1]
+        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits)
+        return FlashMLADecodeMetadata(
+            **vars(decode), tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits
+        )

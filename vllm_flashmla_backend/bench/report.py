@@ -1,0 +1,233 @@
+"""A results file: reading and writing it, what its figures come to, and the tables that show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import exp, log
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .cases import ALSO, GEOMEAN_GOAL, GEOMEAN_MUST, GOAL_US, REGIMES, Case, Regime
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case: our row and the fastest peer's whose result is right; either may be lacking."""
+
+    case: Case
+    regime: str
+    rows: dict[str, dict]  # by peer
+
+    @property
+    def ours(self) -> dict | None:
+        row = self.rows.get(OURS)
+        return row if row and row["right"] else None
+
+    @property
+    def best(self) -> dict | None:
+        """The row of the fastest peer that is right."""
+        right = [row for peer, row in self.rows.items() if peer != OURS and row["right"]]
+        return min(right, key=lambda row: row["us"], default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """The best peer's time ÷ ours: above 1 where we are faster."""
+        return self.best["us"] / self.ours["us"] if self.ours and self.best else None
+
+    @property
+    def targets(self) -> Regime:
+        return REGIMES[self.regime]
+
+    @property
+    def must_reached(self) -> bool:
+        """Whether ours is right and fast enough; with no peer to compare with it is not."""
+        return self.ratio is not None and self.ratio >= self.targets.must
+
+    @property
+    def goal_reached(self) -> bool:
+        """The ratio, and the throughput or time where the goal names one."""
+        if self.ratio is None or self.ratio < self.targets.goal:
+            return False
+        return (
+            self.ours["tflops"] >= (self.targets.goal_tflops or 0)
+            and self.ours["gbps"] >= (self.targets.goal_gbps or 0)
+            and self.ours["us"] <= GOAL_US.get(self.case, float("inf"))
+        )
+
+
+def compare(results: dict) -> list[Comparison]:
+    """The cases of a results file, in the file's order."""
+    names = [field.name for field in fields(Case)]
+    cases: dict[Case, dict[str, dict]] = {}
+    regimes = {}
+    for row in results["rows"]:
+        case = Case(**{name: row[name] for name in names})
+        cases.setdefault(case, {})[row["peer"]] = row
+        regimes[case] = row["regime"]
+    return [Comparison(case, regimes[case], rows) for case, rows in cases.items()]
+
+
+def geometric_mean(comparisons: list[Comparison]) -> float | None:
+    """Of the ratios, over the cases that have one."""
+    ratios = [comparison.ratio for comparison in comparisons if comparison.ratio]
+    return exp(sum(map(log, ratios)) / len(ratios)) if ratios else None
+
+
+def save(results: dict, path: Path) -> None:
+    """Write the file whole or not at all, so that a run cut off leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def read(path: Path) -> dict:
+    """The results in `path`; ValueError where it is no results file."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: {error}; expected a results file of vllm-flashmla bench") from error
+    if not isinstance(results, dict) or not {"ceilings", "rows"} <= results.keys():
+        raise ValueError(f"{path}: no keys `ceilings` and `rows`; expected a file of vllm-flashmla bench")
+    if not results["rows"]:
+        raise ValueError(f"{path}: got no rows, expected at least one measured case")
+    return results
+
+
+def summary(results: dict) -> Group:
+    """All tables of a run: cases, regimes, ceilings and plan; then what was missing or failed."""
+    comparisons = compare(results)
+    return Group(
+        _case_table(comparisons, results["ceilings"]),
+        _regime_table(comparisons),
+        *_lines(results, comparisons),
+    )
+
+
+def _case_table(comparisons: list[Comparison], ceilings: dict) -> Table:
+    peers = list(dict.fromkeys(peer for comparison in comparisons for peer in comparison.rows))
+    table = Table(title="µs a call; best peer ÷ ours; shares of the product's and the reading ceiling")
+    table.add_column("case", no_wrap=True)
+    for heading in [*peers, "ratio", "must", "goal", "TFLOP/s", "", "GB/s", "", "error", "MHz", "workspace"]:
+        table.add_column(heading, justify="right")
+    last = None
+    for comparison in comparisons:
+        if comparison.regime != last:
+            table.add_section()
+            table.add_row(Text(comparison.regime, style="bold"))
+            last = comparison.regime
+        times = [_time(comparison, peer) for peer in peers]
+        table.add_row(str(comparison.case), *times, *_verdict(comparison), *_figures(comparison, ceilings))
+    return table
+
+
+def _time(comparison: Comparison, peer: str) -> Text:
+    row = comparison.rows.get(peer)
+    if row is None:
+        return Text("")
+    if not row["right"]:
+        return Text(f"{row['us']:.1f} WRONG", style="red")
+    is_best = comparison.best is row
+    return Text(f"{row['us']:.1f}", style="bold" if is_best else "")
+
+
+def _verdict(comparison: Comparison) -> list[Text]:
+    if comparison.ratio is None:
+        return [Text("–")] * 3
+    targets = comparison.targets
+    return [
+        Text(f"{comparison.ratio:.2f}", style="bold"),
+        _reached(comparison.must_reached, f"{targets.must:.2f}"),
+        _reached(comparison.goal_reached, f"{targets.goal:.2f}"),
+    ]
+
+
+def _reached(reached: bool, target: str) -> Text:
+    return Text(f"{target} {'✓' if reached else '✗'}", style="green" if reached else "red")
+
+
+def _figures(comparison: Comparison, ceilings: dict) -> list[str]:
+    row = comparison.rows.get(OURS)
+    if row is None:
+        return []
+    theirs = comparison.rows.get("flashmla")
+    workspace = f"{row['workspace_bytes'] / 1e6:.1f}"
+    if theirs:
+        workspace += f" / {theirs['workspace_bytes'] / 1e6:.1f} MB"
+    error = "NaN" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
+    return [
+        f"{row['tflops']:.0f}",
+        f"{row['tflops'] / ceilings['product_tflops']:.0%}",
+        f"{row['gbps']:.0f}",
+        f"{row['gbps'] / ceilings['read_gbps']:.0%}",
+        error,
+        "" if row["sm_mhz"] is None else f"{row['sm_mhz']:.0f}",
+        workspace,
+    ]
+
+
+def _regime_table(comparisons: list[Comparison]) -> Table:
+    table = Table(title="by regime: how many cases reach must and goal")
+    for heading in ("regime", "cases", "least ratio", "mean", "must", "reached", "goal", "reached"):
+        table.add_column(heading, justify="left" if heading == "regime" else "right")
+    for name, regime in REGIMES.items():
+        mine = [comparison for comparison in comparisons if comparison.regime == name]
+        ratios = [comparison.ratio for comparison in mine if comparison.ratio]
+        if not ratios:
+            continue
+        table.add_row(
+            name,
+            f"{len(mine)}",
+            f"{min(ratios):.2f}",
+            f"{geometric_mean(mine):.2f}",
+            f"{regime.must:.2f}",
+            f"{sum(comparison.must_reached for comparison in mine)}",
+            _goal(regime),
+            f"{sum(comparison.goal_reached for comparison in mine)}",
+        )
+    return table
+
+
+def _goal(regime: Regime) -> str:
+    words = [f"{regime.goal:.2f}"]
+    words += [f"{regime.goal_tflops:g} TFLOP/s"] if regime.goal_tflops else []
+    words += [f"{regime.goal_gbps:g} GB/s"] if regime.goal_gbps else []
+    return ", ".join(words)
+
+
+def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
+    table_cases = [comparison for comparison in comparisons if comparison.regime != ALSO]
+    mean = geometric_mean(table_cases)
+    if mean:
+        yield Text.assemble(
+            f"geometric mean over {len(table_cases)} cases: {mean:.3f}; must ",
+            _reached(mean >= GEOMEAN_MUST, f"{GEOMEAN_MUST:.2f}"),
+            ", goal ",
+            _reached(mean >= GEOMEAN_GOAL, f"{GEOMEAN_GOAL:.2f}"),
+        )
+    ceilings = results["ceilings"]
+    yield Text(
+        f"ceilings: reading {ceilings['read_gbps']:.0f} GB/s, copying {ceilings['copy_gbps']:.0f} GB/s, "
+        f"bf16 product {ceilings['product_tflops']:.0f} TFLOP/s; "
+        f"a kernel of one element takes {ceilings['floor_us']:.1f} µs"
+    )
+    for plan in results.get("plan", ()):
+        reached = _reached(plan["us"] <= plan["must_us"], f"{plan['must_us']:g}")
+        yield Text.assemble(f"plan for b={plan['b']}: {plan['us']:.1f} µs, at most ", reached)
+    for comparison in comparisons:
+        if (row := comparison.rows.get(OURS)) and (theirs := comparison.rows.get("flashmla")):
+            excess = row["workspace_bytes"] - theirs["workspace_bytes"]
+            if excess > 0:
+                yield Text(f"{comparison.case}: {excess:,} bytes more workspace than flashmla", style="red")
+    for peer, reason in results.get("missing", {}).items():
+        yield Text(f"{peer} was not measured: {reason}", style="yellow")
+    for failure in results.get("failures", ()):
+        case = Case(**{field.name: failure[field.name] for field in fields(Case)})
+        yield Text(f"{failure['peer']} failed at {case}: {failure['error']}", style="red")

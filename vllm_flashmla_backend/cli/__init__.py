@@ -1,0 +1,20 @@
+"""The command line: `vllm-flashmla doctor | demo | bench | plan`. One file per command."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import bench, demo, doctor, plan
+
+COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "plan": plan}
+"""Name of each command and its module: `HELP`, `add_arguments(parser)`, `run(args) -> exit status`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit status, 0 where all is well."""
+    parser = argparse.ArgumentParser(prog="vllm-flashmla", description="Look at, and try, FLASHMLA.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command].run(args)

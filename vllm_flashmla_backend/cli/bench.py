@@ -1,0 +1,168 @@
+"""`vllm-flashmla bench`: our kernels and the peers' on the same tensors, against targets and ceilings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ..bench.cases import ROWS
+from .environment import describe, device, installed_version
+
+if TYPE_CHECKING:
+    from ..bench.clock import GpuMonitor
+
+HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
+
+PEERS = ("flashmla", "fa3", "flashinfer", "triton")
+WIDTH = 190  # columns of the widest table, for where the output is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}, or '' for none (default: all)"
+    )
+    parser.add_argument("--repeat", type=int, default=15, help="times of which the median is taken (15)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG files")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.json",
+        help="measure nothing: show and draw these results, anywhere",
+    )
+    parser.add_argument("--commit", help="of this code, where there is no git repository to ask")
+    parser.add_argument(
+        "--build-limit", type=float, default=240, metavar="SECONDS", help="for a peer's compiling (240)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and show; 0 if every result of ours was right, whatever its speed."""
+    peers = [name for name in args.peers.split(",") if name]
+    if unknown := set(peers) - set(PEERS):
+        raise SystemExit(f"--peers has {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")
+    if args.repeat < 1:
+        raise SystemExit(f"--repeat is {args.repeat}, expected at least 1")
+    if args.plot:
+        return show(args.plot, args.plots)
+    if reason := why_not_here():
+        print(f"vllm-flashmla bench measures on a Hopper GPU: {reason}")
+        print("`vllm-flashmla bench --plot FILE.json` shows and draws results anywhere.")
+        return 1
+    return show(measure_all(args, peers), args.plots)
+
+
+def why_not_here() -> str | None:
+    """Why our kernels cannot be measured on this machine, or None if they can."""
+    from ..flash_mla.providers import provider_for
+
+    if device().type == "cpu":
+        return "torch sees no GPU"
+    try:
+        kernels = provider_for(device()).name
+    except ValueError as error:
+        return str(error)
+    return None if kernels == "native" else f"VLLM_FLASHMLA_KERNELS chooses {kernels}, expected native"
+
+
+def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
+    """Measure all cases; the results file, written anew after each of them."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # peers import vLLM, and the table is what counts
+    from ..bench import measure, peers, report
+    from ..bench.clock import GpuMonitor
+
+    monitor = GpuMonitor(device())
+    timer = measure.Timer(device(), monitor, args.repeat)
+    loaded, missing = peers.load(["ours", *peer_names], device(), args.build_limit)
+    results = describe_run(args, monitor) | {
+        "missing": missing,
+        "ceilings": measure.ceilings(timer, device()),
+        "plan": measure.plan_launches(timer, device()),
+        "rows": [],
+        "failures": [],
+    }
+    path = unused_path(args.out, results["gpu"], results["date"])
+    chosen = ROWS[args.rows]
+    with Progress(console=Console(stderr=True)) as progress:
+        for case in progress.track(chosen, description=f"{len(chosen)} cases"):
+            rows, failures = measure.measure_case(case, loaded, timer, device())
+            results["rows"] += rows
+            results["failures"] += failures
+            report.save(results, path)
+            times = ", ".join(f"{row['peer']} {row['us']:.1f}" for row in rows)
+            progress.console.print(f"{case}: {times} µs", highlight=False)
+    return path
+
+
+def describe_run(args: argparse.Namespace, monitor: GpuMonitor) -> dict:
+    """Machine, versions and settings, as they stand at the head of a results file."""
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(device()),
+        "device": describe(device()),
+        "driver": monitor.driver(),
+        "torch": torch.__version__,
+        "vllm": version_of("vllm"),
+        "flashinfer": version_of("flashinfer-python"),
+        "package": version_of("vllm-flashmla-backend"),
+        "commit": args.commit or commit(),
+        "date": date.today().isoformat(),
+        "repeat": args.repeat,
+    }
+
+
+def version_of(name: str) -> str | None:
+    found = installed_version(name)
+    return found.split()[-1] if found else None
+
+
+def commit() -> str | None:
+    """The commit that this code lies in a checkout of, marked where files differ from it."""
+    where = str(Path(__file__).parent)
+    # describe, for it tells whether files differ; with tags left out, it gives the bare commit.
+    command = ["git", "-C", where, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def unused_path(directory: Path, gpu: str, day: str) -> Path:
+    """`<gpu>-<date>.json`, numbered from the second run of a day on."""
+    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}"
+    path, number = directory / f"{name}.json", 2
+    while path.exists():
+        path, number = directory / f"{name}-{number}.json", number + 1
+    return path
+
+
+def show(path: Path, with_plots: bool) -> int:
+    """Print a results file's tables and draw its pictures; 0 if every result of ours in it is right."""
+    from ..bench import report
+
+    try:
+        results = report.read(path)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(report.summary(results))
+    console.print(f"results: {path}", soft_wrap=True)
+    if with_plots:
+        from ..bench.plots import draw
+
+        for picture in draw(results, path):
+            console.print(f"plot: {picture}", soft_wrap=True)
+    failed = any(failure["peer"] == report.OURS for failure in results.get("failures", ()))
+    return 0 if not failed and all(comparison.ours for comparison in report.compare(results)) else 1

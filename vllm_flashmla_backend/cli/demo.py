@@ -1,0 +1,99 @@
+"""`vllm-flashmla demo`: real prompts through vLLM and FLASHMLA, and how many answers were right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
+from .environment import VLLM, describe, installed_version
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+HELP = "answer prompts of 500 to 4,000 tokens through FLASHMLA and count the right answers"
+
+RECALL = Path(__file__).parents[2] / "configs" / "recall"
+SEED = 20
+MIN_TOKENS, MAX_TOKENS = 500, 4000
+CACHE_BYTES = 1 << 30  # 466,000 tokens of the recall model; by default vLLM takes nearly all memory
+LEAST_RIGHT = 0.99
+"""The model answers this share of such prompts where attention is right; less is a failure."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=int, default=64, metavar="N", help="how many prompts (default: 64)")
+    parser.add_argument(
+        "--model", type=Path, default=RECALL, help="the recall model (default: configs/recall)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the prompts and print the table; 0 if at least 99 % were right."""
+    if args.prompts < 1:
+        raise SystemExit(f"--prompts is {args.prompts}, expected at least 1")
+    if not (args.model / "config.json").is_file():
+        raise SystemExit(
+            f"--model is {args.model}, which has no config.json; expected the repository's configs/recall"
+        )
+    prompts = make_prompts(SEED, args.prompts, MIN_TOKENS, MAX_TOKENS)
+    llm = start_engine(args.model)
+    completions, seconds = answer(llm, prompts)
+    right = sum(is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True))
+    Console().print(summary(llm, prompts, right, seconds))
+    return 0 if right / len(prompts) >= LEAST_RIGHT else 1
+
+
+def start_engine(model: Path) -> LLM:
+    """Start vLLM on the model, in this process, where the summary can ask the layers what ran."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    return LLM(
+        model=str(model),
+        attention_backend="FLASHMLA",
+        kv_cache_memory_bytes=CACHE_BYTES,
+        enforce_eager=current_platform.is_cpu(),  # compiling takes a CPU longer than answering
+    )
+
+
+def answer(llm: LLM, prompts: list[RecallPrompt]) -> tuple[list[str], float]:
+    """The model's completion of each prompt, and the seconds that all of them took."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    start = time.perf_counter()
+    outputs = llm.generate([prompt.text for prompt in prompts], greedy)
+    seconds = time.perf_counter() - start
+    return [output.outputs[0].text for output in outputs], seconds
+
+
+def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -> Table:
+    """The table that the demo ends with."""
+    from ..flash_mla.providers import provider_for
+    from ..flash_mla.schedule import PAGE_SIZE, ceil_div
+
+    config = llm.llm_engine.vllm_config
+    layer = next(iter(config.compilation_config.static_forward_context.values()))
+    device = config.device_config.device
+    lengths = [prompt.num_tokens for prompt in prompts]
+    pages = sum(ceil_div(length + ANSWER_TOKENS, PAGE_SIZE) for length in lengths)
+    table = Table(title="FLASHMLA demo", show_header=False)
+    table.add_row("answered right", f"{right} of {len(prompts)} prompts ({right / len(prompts):.1%})")
+    table.add_row("prompt lengths", f"{min(lengths):,} to {max(lengths):,} tokens")
+    table.add_row(
+        "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
+    )
+    table.add_row("pages used", f"{pages:,} of {PAGE_SIZE} tokens")
+    table.add_row("vLLM", installed_version(*VLLM))
+    table.add_row("device", describe(device))
+    table.add_row("backend", layer.attn_backend.__qualname__)
+    table.add_row("kernels", provider_for(device).name)
+    return table

@@ -1,0 +1,158 @@
+"""`vllm-flashmla plan`: a picture of which part works on which pages of which sequence."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..flash_mla.schedule import Split
+
+HELP = "draw which part of the GPU works on which pages of which sequence, in the terminal or as a PNG"
+
+HOPPER_SMS = 132
+BAR_WIDTH = 60  # columns of the longest part's bar
+SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lens", required=True, metavar="N,N,…", help="tokens in the cache, by sequence")
+    parser.add_argument("--heads", type=int, default=128, help="query heads (default: 128)")
+    parser.add_argument("--query-len", type=int, default=1, help="query tokens a sequence (default: 1)")
+    parser.add_argument(
+        "--parts",
+        type=int,
+        help=f"default: as many as this GPU runs; of {HOPPER_SMS} SMs where there is none",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw there, not in the terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan on the host, as `schedule.plan` specifies it, and draw; always 0."""
+    from ..flash_mla import schedule
+
+    lengths = parse_lengths(args.lens)
+    for option, value in (("--heads", args.heads), ("--query-len", args.query_len), ("--parts", args.parts)):
+        if value is not None and value < 1:
+            raise SystemExit(f"{option} is {value}, expected at least 1")
+    num_parts = args.parts or schedule.num_parts(num_sms(), args.heads * args.query_len, 1)
+    metadata, _ = schedule.plan(lengths, num_parts)
+    work = by_part(schedule.splits_of(metadata, lengths), num_parts)
+    if args.out:
+        draw(work, lengths).savefig(args.out, dpi=120)
+        print(f"plot: {args.out}")
+    else:
+        console = Console()
+        for line in lines(work):
+            console.print(line, soft_wrap=True)
+    print(summary(work, lengths))
+    return 0
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`100,2000` as numbers."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise SystemExit(f"--lens is {text!r}, expected lengths of 0 or more with commas between them")
+    return [int(word) for word in words]
+
+
+def num_sms() -> int:
+    """Of this machine's GPU, or of an H100 or H200 where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return HOPPER_SMS
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def by_part(splits: list[Split], num_parts: int) -> list[list[Split]]:
+    """Each part's splits in the order of its work; idle parts have none."""
+    work: list[list[Split]] = [[] for _ in range(num_parts)]
+    for split in splits:
+        work[split.part].append(split)
+    return work
+
+
+def num_pages(splits: list[Split]) -> int:
+    return sum(split.page_end - split.page_begin for split in splits)
+
+
+def lines(work: list[list[Split]]) -> list[Text]:
+    """A line a part: a bar of its pages, shaded and coloured by sequence, and its splits in words."""
+    longest = max(1, *(num_pages(splits) for splits in work))
+    found = []
+    for part, splits in enumerate(work):
+        line, done, drawn = Text(f"part {part:>3} "), 0, 0
+        for split in splits:
+            done += split.page_end - split.page_begin
+            upto = round(done / longest * BAR_WIDTH)
+            line.append(SHADES[split.seq % 4] * (upto - drawn), style=COLOURS[split.seq % len(COLOURS)])
+            drawn = upto
+        line.append(" " * (BAR_WIDTH - drawn))
+        line.append(f" {done:>5} pages  " + "  ".join(map(name, splits)) if splits else "  idle")
+        found.append(line)
+    return found
+
+
+def name(split: Split) -> str:
+    """`3[64:96)`: pages 64 to 95 of sequence 3."""
+    return f"{split.seq}[{split.page_begin}:{split.page_end})"
+
+
+def summary(work: list[list[Split]], lengths: list[int]) -> str:
+    """How even the plan is: an idle part, or one with more pages than the others, costs time."""
+    pages = [num_pages(splits) for splits in work]
+    splits_of_seq: dict[int, int] = defaultdict(int)
+    for splits in work:
+        for split in splits:
+            splits_of_seq[split.seq] += 1
+    counts = splits_of_seq.values()
+    cut = sum(count > 1 for count in counts)
+    busy = sum(bool(splits) for splits in work)
+    return (
+        f"{len(lengths)} sequences, {sum(pages):,} pages; {busy} of {len(work)} parts busy, "
+        f"{max(pages)} pages at most, {sum(pages) / len(work):.1f} on average; "
+        f"{sum(counts)} splits; {cut} sequences cut, at most into {max(counts)}"
+    )
+
+
+def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
+    """A bar a part, its length the pages, its pieces coloured and named by sequence."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    colours = colormaps["tab20"].colors
+    longest = max(1, *(num_pages(splits) for splits in work))
+    figure = Figure(figsize=(13, 1.6 + 0.19 * max(len(work), 8)), layout="constrained")
+    axes = figure.subplots()
+    for part, splits in enumerate(work):
+        left = 0
+        for split in splits:
+            width = split.page_end - split.page_begin
+            colour = colours[split.seq % len(colours)]
+            axes.barh(part, width, 0.86, left, color=colour, edgecolor="white", linewidth=0.6)
+            if width / longest > 0.012 * len(name(split)):  # what fits in the piece
+                middle = left + width / 2
+                axes.text(middle, part, name(split), fontsize=6.5, ha="center", va="center")
+            left += width
+    axes.set(xlim=(0, longest * 1.01), ylim=(len(work) - 0.4, -0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="pages, in the order of a part's work", ylabel="part")
+    axes.set_title(
+        "which part works on which pages: sequence[first:end)\n" + summary(work, lengths), fontsize=9
+    )
+    if len(lengths) <= len(colours):
+        handles = [Patch(color=colours[seq], label=f"{seq}: {n:,}") for seq, n in enumerate(lengths)]
+        figure.legend(handles=handles, title="sequence: tokens", loc="outside right upper", fontsize=8)
+    return figure

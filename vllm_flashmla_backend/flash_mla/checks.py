@@ -1,0 +1,188 @@
+"""What the arguments of a call must satisfy; each failure is a `ValueError` that names the argument.
+
+The checks of shapes, types and strides run for every layer of every decode step, so they take
+microseconds and read no values. `check_values` reads the lengths, the table and the plan too: on a
+CPU, where looking costs nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NoReturn
+
+import torch
+
+from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, ceil_div, splits_of
+
+HEAD_DIM_V = 512
+HEAD_DIM_ROPE = 64
+HEAD_DIM = HEAD_DIM_V + HEAD_DIM_ROPE
+
+DTYPES = {
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+def fail(name: str, came: object, expected: object) -> NoReturn:
+    raise ValueError(f"{name}: got {came}, expected {expected}")
+
+
+def check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        fail(name, type(tensor).__name__, f"a tensor of rank {rank}")
+    if tensor.dim() != rank:
+        fail(name, f"shape {tuple(tensor.shape)}", f"a tensor of rank {rank}")
+
+
+def check_like(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    check_rank(name, tensor, len(shape))
+    if tensor.shape != shape:
+        fail(name, f"shape {tuple(tensor.shape)}", f"{shape}")
+    if tensor.dtype != dtype:
+        fail(name, tensor.dtype, dtype)
+    if tensor.device != device:
+        fail(name, f"a tensor on {tensor.device}", f"one on {device}")
+
+
+def check_device(name: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type not in DTYPES:
+        fail(name, f"a tensor on {tensor.device}", f"one on {' or '.join(DTYPES)}")
+
+
+def check_lengths(cache_seqlens: torch.Tensor) -> None:
+    """(b,) int32, b of at least 1, contiguous."""
+    check_rank("cache_seqlens", cache_seqlens, 1)
+    if cache_seqlens.shape[0] == 0:
+        fail("cache_seqlens", "no sequences", "at least one")
+    if cache_seqlens.dtype != torch.int32:
+        fail("cache_seqlens", cache_seqlens.dtype, torch.int32)
+    check_device("cache_seqlens", cache_seqlens)
+    check_contiguous("cache_seqlens", cache_seqlens)
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        fail(name, f"strides {tensor.stride()}", "a contiguous tensor")
+
+
+def check_last_dimension(name: str, tensor: torch.Tensor) -> None:
+    """Contiguous; the other dimensions may have any stride."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        fail(name, f"stride {tensor.stride(-1)} in the last dimension", "1 (the others may have any)")
+
+
+def check_strides(name: str, tensor: torch.Tensor) -> None:
+    """The last dimension contiguous; on a GPU also what TMA asks of addresses: multiples of 16 bytes."""
+    check_last_dimension(name, tensor)
+    if not tensor.is_cuda:
+        return
+    if tensor.data_ptr() % 16:
+        fail(name, f"data at address {tensor.data_ptr():#x}", "a multiple of 16 bytes (TMA needs it)")
+    for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
+        if stride % 8 and size > 1:
+            fail(name, f"strides {tensor.stride()}", "multiples of 8 elements, 16 bytes (TMA needs it)")
+
+
+def check_query(name: str, q: torch.Tensor, head_dim: int) -> None:
+    """(b, s_q, h_q, head_dim), of a type that the device's kernels take, with fit strides."""
+    check_rank(name, q, 4)
+    if q.shape[3] != head_dim or 0 in q.shape:
+        fail(name, f"shape {tuple(q.shape)}", f"(b, s_q, h_q, {head_dim}), none of them 0")
+    check_device(name, q)
+    dtypes = DTYPES[q.device.type]
+    if q.dtype not in dtypes:
+        fail(name, q.dtype, f"one of {', '.join(map(str, dtypes))} on {q.device.type}")
+    check_strides(name, q)
+
+
+def check_cache(
+    q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor
+) -> None:
+    """The paged cache and its table against a q that is right."""
+    b, _, h_q, _ = q.shape
+    check_rank("k_cache", k_cache, 4)
+    num_pages, page_size, h_kv, head_dim = k_cache.shape
+    if page_size != PAGE_SIZE or head_dim != HEAD_DIM or h_kv == 0:
+        fail("k_cache", f"shape {tuple(k_cache.shape)}", f"(pages, {PAGE_SIZE}, h_kv, {HEAD_DIM})")
+    if h_q % h_kv:
+        fail("k_cache", f"{h_kv} KV heads", f"a divisor of q's {h_q} heads")
+    check_like("k_cache", k_cache, (num_pages, page_size, h_kv, head_dim), q.dtype, q.device)
+    check_strides("k_cache", k_cache)
+
+    check_rank("block_table", block_table, 2)
+    check_like("block_table", block_table, (b, block_table.shape[1]), torch.int32, q.device)
+    check_last_dimension("block_table", block_table)
+    check_like("cache_seqlens", cache_seqlens, (b,), torch.int32, q.device)
+    check_contiguous("cache_seqlens", cache_seqlens)
+
+
+def check_plan_buffers(
+    tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor, parts: int, b: int, device: torch.device
+) -> None:
+    """(parts, 8) and (b + 1,) int32, contiguous: a plan for other heads or another batch differs there."""
+    for name, tensor, shape in (
+        ("tile_scheduler_metadata", tile_scheduler_metadata, (parts, METADATA_WIDTH)),
+        ("num_splits", num_splits, (b + 1,)),
+    ):
+        check_like(name, tensor, shape, torch.int32, device)
+        check_contiguous(name, tensor)
+
+
+def check_values(
+    k_cache: torch.Tensor,  # (pages, 64, h_kv, 576)
+    block_table: torch.Tensor,  # (b, max_pages) int32
+    cache_seqlens: torch.Tensor,  # (b,) int32
+    tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32
+    num_splits: torch.Tensor,  # (b + 1,) int32
+) -> None:
+    """Lengths, the table's entries that they use, and the plan, on a CPU."""
+    lengths = cache_seqlens.tolist()
+    check_not_negative(lengths)
+    pages = [ceil_div(length, PAGE_SIZE) for length in lengths]
+    longest = max(pages)
+    if longest > block_table.shape[1]:
+        fail(
+            "block_table",
+            f"room for {block_table.shape[1]} pages per sequence",
+            f"at least {longest}, since cache_seqlens has a length of {max(lengths)}",
+        )
+    used = torch.arange(longest) < torch.tensor(pages).unsqueeze(1)  # (b, longest) bool
+    bad = used & ((block_table[:, :longest] < 0) | (block_table[:, :longest] >= k_cache.shape[0]))
+    if bad.any():
+        seq, column = bad.nonzero()[0].tolist()
+        fail(
+            "block_table",
+            f"page {block_table[seq, column].item()} at [{seq}, {column}]",
+            f"0 to {k_cache.shape[0] - 1}, the pages of k_cache",
+        )
+    if not _plan_covers(pages, lengths, tile_scheduler_metadata, num_splits):
+        fail(
+            "tile_scheduler_metadata, num_splits",
+            "a plan for other lengths",
+            f"one for cache_seqlens {lengths}: plan anew when lengths change",
+        )
+
+
+def check_not_negative(lengths: list[int]) -> None:
+    if min(lengths) < 0:
+        fail("cache_seqlens", f"{min(lengths)} at [{lengths.index(min(lengths))}]", "lengths of 0 or more")
+
+
+def _plan_covers(
+    pages: list[int], lengths: list[int], metadata: torch.Tensor, num_splits: torch.Tensor
+) -> bool:
+    """Whether the plan's splits take every page of every sequence once, in order."""
+    batch = len(pages)
+    if metadata[:, Field.FIRST_SEQ].min() < 0 or metadata[:, Field.LAST_SEQ].max() >= batch:
+        return False
+    next_page, count = [0] * batch, [0] * batch
+    for split in splits_of(metadata, lengths):
+        begins_where_the_last_ended = split.page_begin == next_page[split.seq] <= split.page_end
+        if not begins_where_the_last_ended or split.split != count[split.seq]:
+            return False
+        next_page[split.seq] = split.page_end
+        count[split.seq] += 1
+    return next_page == pages and 0 not in count and [0, *accumulate(count)] == num_splits.tolist()

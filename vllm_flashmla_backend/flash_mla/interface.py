@@ -1,0 +1,255 @@
+"""The kernel API: has arguments checked, allocates results, hands the call to the chosen kernels.
+
+Names, shapes and call styles are FlashMLA's. Every wrong argument is a `ValueError` that names it.
+On a GPU only shapes, types and strides are looked at, never values: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from . import schedule
+from .checks import (
+    HEAD_DIM,
+    HEAD_DIM_ROPE,
+    HEAD_DIM_V,
+    check_cache,
+    check_last_dimension,
+    check_lengths,
+    check_like,
+    check_not_negative,
+    check_plan_buffers,
+    check_query,
+    check_rank,
+    check_strides,
+    check_values,
+    fail,
+)
+from .providers import DecodeArguments, provider_for
+from .schedule import METADATA_WIDTH
+
+
+class MLAPlan:
+    """A plan still to be made: the first decode that is given it fills it, later ones reuse it.
+
+    Reuse it for calls of one shape and the same lengths (the layers of one decode step).
+    """
+
+    def __init__(self) -> None:
+        self.tile_scheduler_metadata: torch.Tensor | None = None  # (parts, 8) int32
+        self.num_splits: torch.Tensor | None = None  # (b + 1,) int32
+        self._shape: tuple[int, int, int, int] | None = None  # b, s_q, h_q, h_kv
+
+    def for_call(
+        self, cache_seqlens: torch.Tensor, s_q: int, h_q: int, h_kv: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plan's two tensors, made now if this is the first call."""
+        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv)
+        if self._shape is None:
+            self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
+                cache_seqlens, s_q * h_q // h_kv, h_kv
+            )
+            self._shape = shape
+        elif shape != self._shape:
+            fail(
+                "tile_scheduler_metadata",
+                f"a plan made for (b, s_q, h_q, h_kv) = {self._shape}",
+                f"one for {shape}: take a new one from get_mla_metadata()",
+            )
+        return self.tile_scheduler_metadata, self.num_splits
+
+
+def num_parts(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) -> int:
+    """Parts to plan for on `device`: `schedule.num_parts` for its SMs, `CPU_PARTS` on a CPU."""
+    if device.type == "cpu":
+        return schedule.CPU_PARTS
+    return schedule.num_parts(_num_sms(device), rows_per_kv_head, num_kv_heads)
+
+
+def get_mla_metadata(
+    cache_seqlens: torch.Tensor | None = None,
+    num_heads_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[MLAPlan, None]:
+    """Plan one decode step.
+
+    Parameters
+    ----------
+    cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
+    num_heads_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
+    num_heads_k : KV heads, `h_kv`.
+
+    Returns
+    -------
+    tile_scheduler_metadata : (parts, 8) int32 on the lengths' device.
+    num_splits : (b + 1,) int32, likewise.
+
+    Without arguments (FlashMLA's later style): an `MLAPlan`, planned at its first use, and None.
+
+    Raises
+    ------
+    ValueError
+        An argument has the wrong type or shape, or the chosen kernels cannot run on this device.
+    """
+    if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
+        return MLAPlan(), None
+    check_lengths(cache_seqlens)
+    for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
+        if not isinstance(value, int) or value < 1:
+            fail(name, repr(value), "an int of at least 1")
+    parts = num_parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
+    tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
+    num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits)
+    return tile_scheduler_metadata, num_splits
+
+
+def plan_into(
+    cache_seqlens: torch.Tensor, tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor
+) -> None:
+    """Plan one decode step into existing buffers; on a GPU a kernel does it and nothing waits.
+
+    Parameters
+    ----------
+    cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
+    tile_scheduler_metadata : (parts, 8) int32, written; `parts` is what `num_parts` returned.
+    num_splits : (b + 1,) int32, written.
+
+    Raises
+    ------
+    ValueError
+        An argument has the wrong type, shape or device, or the kernels cannot run on this device.
+    """
+    check_lengths(cache_seqlens)
+    device = cache_seqlens.device
+    check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
+    parts = max(1, tile_scheduler_metadata.shape[0])
+    check_plan_buffers(tile_scheduler_metadata, num_splits, parts, cache_seqlens.shape[0], device)
+    if device.type == "cpu":
+        check_not_negative(cache_seqlens.tolist())
+    provider_for(device).plan(cache_seqlens, tile_scheduler_metadata, num_splits)
+
+
+def flash_mla_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: torch.Tensor | MLAPlan,
+    num_splits: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multi-head latent attention of a few new tokens over a paged cache.
+
+    Parameters
+    ----------
+    q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32; strides as they come.
+    k_cache : (pages, 64, h_kv, 576) in q's dtype; V is the first 512 of K.
+    block_table : (b, max_pages) int32; only the first `ceil(length / 64)` of a row are read.
+    cache_seqlens : (b,) int32, tokens in the cache, the new ones included; 0 is allowed.
+    head_dim_v : 512.
+    tile_scheduler_metadata, num_splits : what `get_mla_metadata` returned.
+    softmax_scale : factor on the scores; 576 ** -0.5 unless given.
+    causal : query token i of s_q sees keys up to `length - s_q + i`.
+
+    Returns
+    -------
+    out : (b, s_q, h_q, 512) in q's dtype; zero where a row sees no key.
+    lse : (b, h_q, s_q) float32, natural logarithm; +inf where a row sees no key.
+
+    Raises
+    ------
+    ValueError
+        An argument does not fit, or the chosen kernels cannot run on this device.
+    """
+    check_query("q", q, HEAD_DIM)
+    if head_dim_v != HEAD_DIM_V:
+        fail("head_dim_v", repr(head_dim_v), HEAD_DIM_V)
+    return flash_mla_decode(
+        q[..., :HEAD_DIM_V],
+        q[..., HEAD_DIM_V:],
+        k_cache,
+        block_table,
+        cache_seqlens,
+        tile_scheduler_metadata,
+        num_splits,
+        HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
+        causal,
+    )
+
+
+def flash_mla_decode(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    tile_scheduler_metadata: torch.Tensor | MLAPlan,
+    num_splits: torch.Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_mla_with_kvcache` with q in two tensors, and results into given buffers.
+
+    Parameters
+    ----------
+    q_nope : (b, s_q, h_q, 512), the part of q that meets the latent; strides as they come.
+    q_pe : (b, s_q, h_q, 64), the part that meets the rotary key; strides of its own.
+    out : (b, s_q, h_q, 512) in q's dtype, written; allocated unless given.
+    lse : (b, h_q, s_q) float32, written, strides as they come; allocated unless given.
+
+    The other parameters, the results and the errors are those of `flash_mla_with_kvcache`.
+    """
+    check_query("q_nope", q_nope, HEAD_DIM_V)
+    check_query("q_pe", q_pe, HEAD_DIM_ROPE)
+    (b, s_q, h_q, _), dtype, device = q_nope.shape, q_nope.dtype, q_nope.device
+    check_like("q_pe", q_pe, (b, s_q, h_q, HEAD_DIM_ROPE), dtype, device)
+    check_cache(q_nope, k_cache, block_table, cache_seqlens)
+    h_kv = k_cache.shape[2]
+    if isinstance(tile_scheduler_metadata, MLAPlan):
+        if num_splits is not None:
+            fail("num_splits", "a value beside an MLAPlan", "None: the MLAPlan holds it")
+        tile_scheduler_metadata, num_splits = tile_scheduler_metadata.for_call(cache_seqlens, s_q, h_q, h_kv)
+    parts = num_parts(device, s_q * h_q // h_kv, h_kv)
+    check_plan_buffers(tile_scheduler_metadata, num_splits, parts, b, device)
+    if device.type == "cpu":
+        check_values(k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+
+    if out is None:
+        out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=dtype, device=device)
+    else:
+        check_like("out", out, (b, s_q, h_q, HEAD_DIM_V), dtype, device)
+        check_strides("out", out)
+    if lse is None:
+        lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=device)
+    else:
+        check_like("lse", lse, (b, h_q, s_q), torch.float32, device)
+        check_last_dimension("lse", lse)
+
+    provider_for(device).decode(
+        DecodeArguments(
+            q_nope,
+            q_pe,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            tile_scheduler_metadata,
+            num_splits,
+            out,
+            lse,
+            softmax_scale,
+            causal,
+        )
+    )
+    return out, lse
+
+
+@lru_cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,152 @@
+"""Decode in PyTorch, twice: over the plan, as the GPU kernels do it, and naively, to compare with.
+
+`decode` walks the plan split by split and merges the splits, so that a machine without a GPU
+exercises the planner, the page mapping and the merge for real. `naive_attention` knows nothing of
+plans, splits or parts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .schedule import PAGE_SIZE, ceil_div, splits_of
+
+
+def decode(
+    q_nope: torch.Tensor,  # (b, s_q, h_q, 512)
+    q_pe: torch.Tensor,  # (b, s_q, h_q, 64)
+    k_cache: torch.Tensor,  # (pages, 64, h_kv, 576)
+    block_table: torch.Tensor,  # (b, max_pages) int32
+    cache_seqlens: torch.Tensor,  # (b,) int32
+    tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32
+    num_splits: torch.Tensor,  # (b + 1,) int32
+    out: torch.Tensor,  # (b, s_q, h_q, 512), written
+    lse: torch.Tensor,  # (b, h_q, s_q) float32, written
+    softmax_scale: float,
+    causal: bool,
+) -> None:
+    """Decode by the plan in float32: one partial result for each split, then one merge.
+
+    The values of the lengths and of the plan are read on the host, so on a GPU this waits for it.
+    """
+    s_q, num_kv_heads = q_nope.shape[1], k_cache.shape[2]
+    lengths, first_partial = cache_seqlens.tolist(), num_splits.tolist()
+    q = torch.cat([q_nope, q_pe], dim=-1).float() * softmax_scale
+    q = _rows_by_kv_head(q, num_kv_heads)  # (b, h_kv, s_q * group, 576)
+    lse_partial = q.new_empty(first_partial[-1], *q.shape[1:3])  # (splits, h_kv, s_q * group)
+    out_partial = q.new_empty(*lse_partial.shape, out.shape[-1])  # (splits, h_kv, s_q * group, 512)
+
+    for split in splits_of(tile_scheduler_metadata, lengths):
+        begin = split.page_begin * PAGE_SIZE
+        end = min(split.page_end * PAGE_SIZE, lengths[split.seq])
+        pages = block_table[split.seq, split.page_begin : split.page_end]
+        # Cutting at `end` leaves out what lies past the length: nothing there is ever touched.
+        kv = k_cache.index_select(0, pages).flatten(0, 1)[: end - begin]  # (tokens, h_kv, 576)
+        hidden = None
+        if causal and s_q > 1:
+            hidden = _keys_after_query(begin, end, lengths[split.seq], s_q, q.shape[2], q.device)
+        partial = first_partial[split.seq] + split.split
+        out_partial[partial], lse_partial[partial] = _attend(q[split.seq], kv.transpose(0, 1).float(), hidden)
+
+    combine(out_partial, lse_partial, first_partial, out, lse)
+
+
+def combine(
+    out_partial: torch.Tensor,  # (splits, h_kv, s_q * group, 512) float32
+    lse_partial: torch.Tensor,  # (splits, h_kv, s_q * group) float32, -inf where no key was seen
+    first_partial: list[int],  # b + 1 running totals: sequence i owns [first[i], first[i + 1])
+    out: torch.Tensor,  # (b, s_q, h_q, 512), written
+    lse: torch.Tensor,  # (b, h_q, s_q) float32, written
+) -> None:
+    """Merge the splits of each sequence, each weighted with its share of the sum of exponentials."""
+    s_q = out.shape[1]
+    for seq, (first, end) in enumerate(zip(first_partial[:-1], first_partial[1:], strict=True)):
+        total = lse_partial[first:end].logsumexp(0)  # (h_kv, s_q * group)
+        empty = total == -torch.inf
+        weight = torch.exp(lse_partial[first:end] - total.masked_fill(empty, 0.0))
+        merged = (out_partial[first:end] * weight.unsqueeze(-1)).sum(0)  # (h_kv, s_q * group, 512)
+        out[seq] = _query_major(merged, s_q)
+        lse[seq] = _query_major(total.masked_fill(empty, torch.inf), s_q).T
+
+
+def _attend(
+    q: torch.Tensor,  # (h_kv, rows, 576) float32, scaled
+    kv: torch.Tensor,  # (h_kv, tokens, 576) float32
+    hidden: torch.Tensor | None,  # (rows, tokens) bool, True where the row must not see the key
+) -> tuple[torch.Tensor, torch.Tensor]:  # out (h_kv, rows, 512), lse (h_kv, rows)
+    """Attention over one split; a row that sees no key gives out 0 and lse -inf."""
+    if kv.shape[1] == 0:
+        return q.new_zeros(*q.shape[:2], 512), q.new_full(q.shape[:2], -torch.inf)
+    scores = q @ kv.transpose(1, 2)  # (h_kv, rows, tokens)
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) is the 0 it needs
+    weight = scores.sub_(top).exp_()
+    total = weight.sum(-1, keepdim=True)
+    out = (weight @ kv[..., :512]) / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return out, (total.log() + top).squeeze(-1)
+
+
+def _keys_after_query(
+    begin: int, end: int, length: int, s_q: int, rows: int, device: torch.device
+) -> torch.Tensor:  # (rows, end - begin) bool
+    """Which of the keys [begin, end) each row must not see: row r is query token r // group."""
+    token = torch.arange(rows, device=device) // (rows // s_q)
+    last_visible = length - s_q + token
+    return torch.arange(begin, end, device=device) > last_visible.unsqueeze(1)
+
+
+def _rows_by_kv_head(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """(b, s_q, h_q, d) -> (b, h_kv, s_q * group, d): the rows that share a KV head side by side."""
+    return q.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _query_major(rows: torch.Tensor, s_q: int) -> torch.Tensor:
+    """(h_kv, s_q * group, ...) -> (s_q, h_q, ...): `_rows_by_kv_head` undone for one sequence."""
+    return rows.unflatten(1, (s_q, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def naive_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a paged latent cache, written as its definition: what results are compared with.
+
+    Parameters
+    ----------
+    q : (b, s_q, h_q, 576).
+    k_cache : (pages, 64, h_kv, 576); V is the first 512 of K.
+    block_table : (b, max_pages) int32.
+    cache_seqlens : (b,) int32, tokens.
+    softmax_scale : factor on the scores.
+    causal : query token i sees keys up to `length - s_q + i`.
+    dtype : of the computation and of the result.
+
+    Returns
+    -------
+    out : (b, s_q, h_q, 512), zero where a row sees no key.
+    lse : (b, h_q, s_q), natural logarithm, +inf where a row sees no key.
+    """
+    b, s_q, h_q, _ = q.shape
+    num_kv_heads = k_cache.shape[2]
+    out = torch.zeros(b, s_q, h_q, 512, dtype=dtype, device=q.device)
+    lse = torch.full((b, h_q, s_q), torch.inf, dtype=dtype, device=q.device)
+    for i, length in enumerate(cache_seqlens.tolist()):
+        position = torch.arange(length, device=q.device)
+        # The last key each query token sees; the tokens that see none keep 0 and +inf.
+        token = torch.arange(s_q, device=q.device)
+        last = length - s_q + token if causal else torch.full_like(token, length - 1)
+        sees = last >= 0
+        keys = k_cache[block_table[i, : ceil_div(length, PAGE_SIZE)].long()].flatten(0, 1)[:length].to(dtype)
+        queries = q[i, sees].to(dtype).unflatten(1, (num_kv_heads, -1))  # (s, h_kv, group, 576)
+        scores = torch.einsum("shgd,khd->shgk", queries, keys) * softmax_scale
+        scores.masked_fill_((position > last[sees, None])[:, None, None], -torch.inf)
+        out[i, sees] = torch.einsum("shgk,khd->shgd", scores.softmax(-1), keys[..., :512]).flatten(1, 2)
+        lse[i, :, sees] = scores.logsumexp(-1).flatten(1, 2).T
+    return out, lse
