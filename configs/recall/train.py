@@ -1,6 +1,6 @@
 """Train the recall model of this folder: a DeepSeek-V3-shaped model that looks colours up by name.
 
-    PYTHONPATH=. python configs/recall/train.py --minutes 6 --out build/recall
+    PYTHONPATH=. python configs/recall/train.py --out build/recall
 
 The task is `vllm_flashmla_backend.recall`; README.md in this folder says why the model has its
 shape and how it learns. Writes the model, its tokenizer and `results.json` to `--out`.
@@ -30,7 +30,7 @@ FIRST_LENGTH = 64
 """Tokens of the sequences training begins with; they double whenever the model has learnt them."""
 
 LEARNT = 0.9
-"""Part of the answers that is right when the sequences get longer."""
+"""Part of the colours that is right when the sequences get longer."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -56,12 +56,14 @@ class Batch:
     ----------
     tokens : (b, length) int64
     is_answer : (b, length) bool; tokens the model shall predict
+    is_colour : (b, length) bool; those of them that need the lookup
     subject : (b, length) int64; the name that the first layer shall bind to a token, -100 if none:
         to the colours in statements and to the `:` in answers
     """
 
     tokens: torch.Tensor
     is_answer: torch.Tensor
+    is_colour: torch.Tensor
     subject: torch.Tensor
 
 
@@ -73,7 +75,7 @@ def make_batch(
     The shares are of the tokens. Queries ask about a statement before them; they lie anywhere, or
     at the end as in a prompt of the task. Made on the default device, without a loop over tokens.
     """
-    statements = max(2, min(num_names, int(length * statement_share) // recall.STATEMENT_TOKENS))
+    statements = max(1, min(num_names, int(length * statement_share) // recall.STATEMENT_TOKENS))
     queries = max(1, int(length * query_share) // int(ITEM_TOKENS[QUERY]))
     words = length - statements * int(ITEM_TOKENS[STATEMENT]) - queries * int(ITEM_TOKENS[QUERY])
 
@@ -102,10 +104,11 @@ def make_batch(
     used = place < ITEM_TOKENS.to(place.device)[kinds][..., None]  # (b, items, 6): exactly b * length
     answerable = ((kinds == QUERY) & (stated > 0))[..., None]  # a first item may have nothing to ask
     is_answer = answerable & (place >= recall.QUESTION_TOKENS)
+    is_colour = answerable & (place == COLOUR_IN_QUERY)
     binds = (kinds == STATEMENT)[..., None] & (place == COLOUR_IN_STATEMENT)
     binds = binds | (kinds == QUERY)[..., None] & (place == COLOUR_IN_QUERY - 1)
     subject = torch.where(binds, name[..., None], -100)
-    columns = (table, is_answer, subject)
+    columns = (table, is_answer, is_colour, subject)
     return Batch(*(column.expand(used.shape)[used].view(batch, length) for column in columns))
 
 
@@ -141,7 +144,6 @@ def model_config(hidden_size: int, num_heads: int) -> DeepseekV3Config:
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6,
-        initializer_range=hidden_size**-0.5,
         n_routed_experts=2,
         n_shared_experts=1,
         num_experts_per_tok=1,
@@ -172,67 +174,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def loss_and_right(model: DeepseekV3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the part of the answers' colours that is right.
+
+    The loss is the cross-entropy of the answers' tokens, and that of the names which the first layer
+    must bind to colours, read off its output by the embeddings: the lookup in the second layer needs
+    them, and without this part training stays for long at guessing any colour of the prompt.
+    """
+    states = model.model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
+    predicts = batch.is_answer[:, 1:]  # (b, length - 1): the token before predicts
+    logits = model.lm_head(states[-1][:, :-1][predicts]).float()  # (answers, vocabulary)
+    target = batch.tokens[:, 1:][predicts]
+    loss = F.cross_entropy(logits, target)
+
+    binds = batch.subject >= 0
+    bound = F.rms_norm(states[1][binds], states[1].shape[-1:])  # (bindings, hidden)
+    name_logits = F.linear(bound, model.model.embed_tokens.weight).float()
+    binding_loss = F.cross_entropy(name_logits, batch.subject[binds])
+
+    right = (logits.argmax(-1) == target)[batch.is_colour[:, 1:][predicts]].float().mean()
+    return loss + binding_loss, right
+
+
 @torch.no_grad()
-def init_lookup(model: DeepseekV3ForCausalLM, gain: float) -> None:
-    """Let attention begin as a lookup: copy what stands where it looks, look at tokens alike.
-
-    Values and output projections together give the hidden state back, in both layers; q of the
-    last layer's heads is `gain` times k (without rope), both a random projection of the hidden
-    state; words are read out by their embeddings. After mimetic initialisation, arXiv 2305.09828:
-    without it training stays for long at guessing any colour of the prompt.
-    """
-    config = model.config
-    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        latent = attention.kv_a_proj_with_mqa.weight[:rank]  # (512, hidden)
-        expand = attention.kv_b_proj.weight.view(heads, -1, rank)  # (heads, 64 + 128, 512)
-        torch.nn.init.orthogonal_(latent, gain=(rank / hidden) ** 0.5)
-        torch.nn.init.normal_(expand, std=rank**-0.5)
-        keys, values = (expand @ latent).split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        values = values.reshape(-1, hidden)  # (heads * 128, hidden)
-        attention.o_proj.weight.copy_(values.T * hidden / len(values))
-    queries = attention.q_proj.weight.view(heads, -1, hidden)  # (heads, 64 + 64, hidden)
-    queries[:, : config.qk_nope_head_dim] = gain * keys
-    torch.nn.init.normal_(model.model.embed_tokens.weight)
-    model.lm_head.weight.copy_(model.model.embed_tokens.weight * hidden**-0.5)
-
-
-class Objective(torch.nn.Module):
-    """The loss: cross-entropy of the answers, and of the names read off the first layer's output.
-
-    The second part makes the first layer bind the name to its colour, which is what the lookup
-    in the second layer needs; its linear probe is thrown away after training.
-    """
-
-    def __init__(self, model: DeepseekV3ForCausalLM):
-        super().__init__()
-        self.model = model
-        self.probe = torch.nn.Linear(model.config.hidden_size, len(recall.NAMES), bias=False)
-        self.probe.weight.data.copy_(model.lm_head.weight.data[ID[recall.NAMES[0]] :])
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the answers' loss, the names' loss, and the part of the answers that is right."""
-        output = self.model.model(batch.tokens, use_cache=False, output_hidden_states=True)
-        predicts = batch.is_answer[:, 1:]  # (b, length - 1): the token before predicts
-        logits = self.model.lm_head(
-            output.last_hidden_state[:, :-1][predicts]
-        ).float()  # (answers, vocabulary)
-        target = batch.tokens[:, 1:][predicts]
-        right = (logits.argmax(-1) == target).view(-1, recall.ANSWER_TOKENS).all(dim=1).float().mean()
-
-        binds = batch.subject >= 0
-        bound = output.hidden_states[1][binds]  # (bindings, hidden), the first layer's output
-        bound = F.rms_norm(bound, bound.shape[-1:])
-        names = batch.subject[binds] - ID[recall.NAMES[0]]
-        names_loss = F.cross_entropy(self.probe(bound).float(), names)
-        return F.cross_entropy(logits, target), names_loss, right
-
-    @torch.no_grad()
-    def accuracy(self, length: int, num_names: int, tokens: int) -> float:
-        """Part of the answers that is right in fresh sequences of one length, questions last."""
-        batch = make_batch(max(1, tokens // length), length, num_names, 0.25, 0.1, queries_last=True)
-        return self(batch)[2].item()
+def accuracy(model: DeepseekV3ForCausalLM, length: int, num_names: int, tokens: int) -> float:
+    """Part of the colours that is right in fresh sequences of one length, questions last."""
+    batch = make_batch(max(1, tokens // length), length, num_names, 0.25, 0.1, queries_last=True)
+    return loss_and_right(model, batch)[1].item()
 
 
 def learning_rate(progress: float, peak: float, warmup: float = 0.02) -> float:
@@ -260,10 +228,13 @@ class Saver:
 def train(args: argparse.Namespace, device: torch.device) -> dict:
     """Train until the minutes or the steps are used up; the best model lies in `args.out`."""
     model = DeepseekV3ForCausalLM(model_config(args.hidden_size, args.heads)).to(device)
-    init_lookup(model, gain=1.0)
-    objective = Objective(model)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # words are told apart from the first step
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    kept = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        objective.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
+        [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
     )
     rng, saver = random.Random(args.seed), Saver(args.out)
     length, smoothed, tokens_seen, history, next_check = FIRST_LENGTH, 0.0, 0, [], 0.0
@@ -274,8 +245,8 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, args.learning_rate)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            answers_loss, names_loss, right = objective(batch)
-        (answers_loss + names_loss).backward()
+            loss, right = loss_and_right(model, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -284,20 +255,14 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
         progress = max(step / args.steps, (time.monotonic() - start) / (60 * args.minutes))
         if step % 10 == 0:
             smoothed = 0.7 * smoothed + 0.3 * right.item()
-            bar.set_postfix(
-                step=step,
-                length=length,
-                answers=f"{answers_loss.item():.4f}",
-                names=f"{names_loss.item():.4f}",
-                right=f"{smoothed:.4f}",
-            )
+            bar.set_postfix(step=step, length=length, loss=f"{loss.item():.4f}", right=f"{smoothed:.4f}")
             bar.update(min(100.0, 100 * progress) - bar.n)
         if smoothed > LEARNT and length < args.max_length:
             length, smoothed = min(2 * length, args.max_length), 0.0
-        if progress >= min(1, next_check):
+        if progress >= next_check:
             next_check += 0.05
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                scores = {n: objective.accuracy(n, args.names, args.tokens) for n in checked_lengths(args)}
+                scores = {n: accuracy(model, n, args.names, args.tokens) for n in checked_lengths(args)}
             history.append({"step": step, "tokens": tokens_seen, "length": length, "accuracy": scores})
             tqdm.write(
                 f"step {step}, sequences of {length}: "
@@ -361,7 +326,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and results.json")
-    parser.add_argument("--minutes", type=float, default=6.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=2.5, help="training time")
     parser.add_argument("--steps", type=int, default=1_000_000, help="most steps; for tries on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens per step")
@@ -369,8 +334,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--names", type=int, default=len(recall.NAMES), help="how many of the names occur")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--evaluate", type=int, default=2048, help="prompts asked at the end")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--evaluate", type=int, default=1024, help="prompts asked at the end")
+    parser.add_argument("--only-evaluate", action="store_true", help="ask the model that is in --out again")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -381,14 +347,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_default_device(device)
     torch.set_float32_matmul_precision("high")
-    results = {"training": train(args, device)}
+    report = args.out / "results.json"
+    if args.only_evaluate:
+        results = json.loads(report.read_text())
+    else:
+        results = {
+            "training": train(args, device),
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        }
     longest = min(4000, args.max_length)
     results["evaluation"] = evaluate(args.out, device, args.evaluate, (longest // 2, longest))
-    results["settings"] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-    }
-    results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results["evaluation"], indent=2))
 
 

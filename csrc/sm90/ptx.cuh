@@ -64,10 +64,6 @@ __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64
         : "memory");
 }
 
-__device__ inline void prefetch_tensor_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // 16 bytes, or 16 zeros where `valid` is false (nothing is read then).
 __device__ inline void load_16_bytes(uint32_t smem, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)

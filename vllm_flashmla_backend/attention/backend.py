@@ -9,9 +9,8 @@ from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import PAGE_SIZE

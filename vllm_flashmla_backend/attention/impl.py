@@ -8,8 +8,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from ..flash_mla import flash_mla_decode
 from ..flash_mla.providers import provider_for
