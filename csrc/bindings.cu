@@ -58,6 +58,13 @@ void check_alignment(const char* name, const TensorView& tensor) {
     MLA_CHECK(ok, name << ": its address and strides must be multiples of 16 bytes");
 }
 
+// Rows of the plan are read whole.
+void check_plan(const TensorView& tile_scheduler_metadata) {
+    MLA_CHECK(tile_scheduler_metadata.IsContiguous() &&
+                  reinterpret_cast<uintptr_t>(data<void>(tile_scheduler_metadata)) % alignof(PartPlan) == 0,
+              "tile_scheduler_metadata: it must be contiguous and its address a multiple of 32 bytes");
+}
+
 void copy_strides(int64_t (&out)[3], const TensorView& tensor) {
     for (int dim = 0; dim < 3; ++dim) out[dim] = tensor.stride(dim);
 }
@@ -103,8 +110,9 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
     check("num_splits", num_splits, {batch + 1}, kDLInt, 32);
-    MLA_CHECK(tile_scheduler_metadata.IsContiguous() && seq_lens.IsContiguous() && num_splits.IsContiguous(),
-              "cache_seqlens, tile_scheduler_metadata and num_splits must be contiguous");
+    check_plan(tile_scheduler_metadata);
+    MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous(),
+              "cache_seqlens and num_splits must be contiguous");
     const PlanParams params{.seq_lens = data<int>(seq_lens),
                             .parts = data<PartPlan>(tile_scheduler_metadata),
                             .num_splits = data<int>(num_splits),
@@ -138,9 +146,10 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     check_alignment("out", out);
     MLA_CHECK(k_cache.size(2) > 0 && heads % k_cache.size(2) == 0,
               "q has " << heads << " heads, not a multiple of k_cache's " << k_cache.size(2));
-    MLA_CHECK(
-        tile_scheduler_metadata.IsContiguous() && out_partial.IsContiguous() && lse_partial.IsContiguous(),
-        "tile_scheduler_metadata, out_partial and lse_partial must be contiguous");
+    check_plan(tile_scheduler_metadata);
+    MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous() && out_partial.IsContiguous() &&
+                  lse_partial.IsContiguous(),
+              "cache_seqlens, num_splits, out_partial and lse_partial must be contiguous");
 
     DecodeParams params{.q_nope = data<void>(q_nope),
                         .q_pe = data<void>(q_pe),
@@ -157,6 +166,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
                         .out_stride = {},
                         .lse_stride = {lse.stride(0), lse.stride(1), lse.stride(2)},
                         .block_table_stride = block_table.stride(0),
+                        .max_pages = static_cast<int>(block_table.size(1)),
                         .batch = static_cast<int>(batch),
                         .query_len = static_cast<int>(query_len),
                         .num_heads = static_cast<int>(heads),

@@ -57,6 +57,7 @@ struct DecodeParams {
     int64_t out_stride[3];
     int64_t lse_stride[3];  // b, h_q, s_q
     int64_t block_table_stride;
+    int max_pages;  // entries in a row of the block table
 
     int batch;
     int query_len;     // s_q
@@ -67,6 +68,11 @@ struct DecodeParams {
     float softmax_scale;
     DType dtype;
 };
+
+// Pages of a sequence; a negative length counts as none.
+__host__ __device__ inline int pages_of(int seq_len) {
+    return seq_len <= 0 ? 0 : (seq_len - 1) / kPageSize + 1;
+}
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);
 void launch_decode(const DecodeParams& params, const CUtensorMap& k_map, cudaStream_t stream);

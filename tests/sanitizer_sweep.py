@@ -9,6 +9,7 @@ CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
     Case((0, 3, 700), s_q=4, h_q=20, causal=True),
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
+    Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
 ]
 

@@ -19,6 +19,7 @@ def test_demo_answers_right_and_ends_with_its_table():
     said = subprocess.run(command, env=os.environ | {"COLUMNS": "120"}, capture_output=True, text=True)
     assert said.returncode == 0, said.stdout[-4000:] + said.stderr[-4000:]
     assert "8 of 8 prompts (100.0%)" in said.stdout
+    assert ", of 64 tokens each" in said.stdout
     for row in ("tokens per second", "pages used", "vLLM", "device", "FlashMLABackend", "kernels"):
         assert row in said.stdout
 

@@ -7,6 +7,7 @@ cases, each checked and then timed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 import shutil
@@ -127,11 +128,9 @@ def test_plan_made_at_the_first_call_serves_the_next(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["reference", "flash_mla"])
 def test_other_kernels_agree_on_the_gpu(kernels, monkeypatch):
+    if kernels == "flash_mla" and not any(map(importlib.util.find_spec, ("flash_mla", "vllm"))):
+        pytest.skip("neither flash_mla nor vLLM is installed")
     monkeypatch.setenv(CHOICE_VARIABLE, kernels)
-    try:
-        provider_for(torch.device("cuda", 0))
-    except ValueError as error:
-        pytest.skip(str(error))
     case = Case((1, 64, 700, 3000), h_q=16)
     inputs = make_inputs(case, torch.device("cuda", 0))
     # FlashMLA multiplies what lies past the length in the last page by zero: give it numbers there.
@@ -178,6 +177,47 @@ def test_replayed_graph_follows_new_lengths(plan_in_graph):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [Case((3000,) * 8), Case((5000,) * 130), Case((20_000,), h_q=128), Case((500,) * 30, h_q=128)],
+    ids=str,
+)
+def test_repeated_calls_are_equal_bit_for_bit(case):
+    """A race between warps or copies may show in one call of a hundred, and within the bounds."""
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    first = run(case, inputs)
+    for _ in range(100):
+        again = run(case, inputs)
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+
+
+@pytest.mark.gpu
+def test_plan_of_another_batch_stays_within_the_call():
+    """Nothing is read back from a GPU, so a foreign plan is not seen; it must touch no foreign memory."""
+    gpu = torch.device("cuda", 0)
+    case, larger = Case((200, 130)), Case((5000,) * 40)
+    inputs = make_inputs(case, gpu)
+    foreign, _ = get_mla_metadata(make_inputs(larger, gpu).cache_seqlens, 16, 1)
+    _, num_splits = get_mla_metadata(inputs.cache_seqlens, 16, 1)
+    around = torch.full((6, 1, 16, 512), torch.nan, dtype=case.dtype, device=gpu)
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    flash_mla_decode(*tensors, foreign, num_splits, SCALE, False, around[2:4])
+    torch.cuda.synchronize()
+    assert around[:2].isnan().all() and around[4:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_second_gpu_of_a_process_decodes_too():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    case = Case(MIXED, h_q=16)
+    for index in (0, 1):
+        inputs = make_inputs(case, torch.device("cuda", index))
+        assert_agree(run(case, inputs), expected(case, inputs))
+
+
+@pytest.mark.gpu
 def test_pages_past_two_to_the_32_elements():
     """Known failure 11: page 116,509 begins past element 2^32, page 58,255 past 2^31 and byte 2^32."""
     case, gpu = Case((200, 130), h_q=16), torch.device("cuda", 0)
@@ -211,9 +251,9 @@ def test_decode_never_waits_for_the_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_is_clean(tool):
-    """Known failure 2: no access outside of a tensor; and no race in shared memory."""
+    """Known failure 2: no access outside of a tensor; no race in shared memory; no misuse of barriers."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
     if sanitizer is None:

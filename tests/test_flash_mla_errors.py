@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from mla_cases import SCALE, Case, make_inputs, run
@@ -38,6 +40,12 @@ def every_other(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
+def off_by_a_word(tensor: torch.Tensor) -> torch.Tensor:
+    """The same int32 values, 4 bytes past an aligned address."""
+    room = torch.empty(tensor.numel() + 1, dtype=torch.int32, device=tensor.device)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
 # argument, what is done to it, words of the message
 WRONG = [
     ("q_nope", lambda t: t.double(), "got torch.float64, expected one of torch.bfloat16"),
@@ -71,6 +79,11 @@ WRONG = [
     ("tile_scheduler_metadata", lambda t: t[:5], r"got shape \(5, 8\), expected \(16, 8\)"),
     ("tile_scheduler_metadata", lambda t: t.fill_(99), "got a plan for other lengths"),
     ("tile_scheduler_metadata", lambda t: t.fill_(0), "got a plan for other lengths"),
+    ("tile_scheduler_metadata", off_by_a_word, "got data at address .* multiple of 32 bytes"),
+    ("softmax_scale", lambda x: 0.0, "got 0.0, expected a finite number above 0"),
+    ("softmax_scale", lambda x: -x, "expected a finite number above 0"),
+    ("softmax_scale", lambda x: math.nan, "got nan, expected a finite number above 0"),
+    ("softmax_scale", lambda x: math.inf, "got inf, expected a finite number above 0"),
     ("num_splits", lambda t: t[:3], r"got shape \(3,\), expected \(4,\)"),
     ("num_splits", lambda t: None, "got NoneType, expected a tensor"),
     ("num_splits", lambda t: t * 2, "got a plan for other lengths"),
@@ -202,8 +215,16 @@ def test_flash_mla_that_is_not_installed_is_refused(monkeypatch):
         ("block_table", lambda t: t.cpu(), "got a tensor on cpu, expected one on cuda:0"),
         ("tile_scheduler_metadata", lambda t: t[:-1], r"got shape \(\d+, 8\), expected \(\d+, 8\)"),
         ("q_pe", lambda t: torch.cat([t, t], -1)[..., 4:68], "got data at address .* multiple of 16 bytes"),
-        ("q_nope", lambda t: torch.cat([t, t[..., :4]], -1)[..., :512], "multiples of 8 elements, 16 bytes"),
-        ("k_cache", lambda t: torch.cat([t, t[..., :4]], -1)[..., :576], "multiples of 8 elements, 16 bytes"),
+        (
+            "q_nope",
+            lambda t: torch.cat([t, t[..., :4]], -1)[..., :512],
+            "multiples of 8 elements: data moves",
+        ),
+        (
+            "k_cache",
+            lambda t: torch.cat([t, t[..., :4]], -1)[..., :576],
+            "multiples of 8 elements: data moves",
+        ),
     ],
 )
 def test_wrong_argument_on_a_gpu_is_named(argument, spoil, message):

@@ -40,6 +40,23 @@ def test_terminal_bars_are_as_long_as_the_parts_work(work):
         assert drawn == round(plan.num_pages(splits) / longest * plan.BAR_WIDTH)
 
 
+def test_a_run_of_idle_parts_is_one_line():
+    metadata, _ = schedule.plan([128], 8)
+    work = plan.by_part(schedule.splits_of(metadata, [128]), 8)
+    busy = sum(map(bool, work))
+    assert busy < 7
+    found = [line.plain for line in plan.lines([[], *work, [], work[0], []])]
+    idle = [line for line in found if "idle" in line]
+    assert idle == ["part   0 idle", f"parts {busy + 1} to 9 idle", "part  11 idle"]
+    assert len(found) == busy + 1 + len(idle)
+
+
+def test_one_of_a_thing_is_singular():
+    metadata, _ = schedule.plan([10], 1)
+    work = plan.by_part(schedule.splits_of(metadata, [10]), 1)
+    assert plan.summary(work, [10]).startswith("1 sequence, 1 page; 1 of 1 part busy, 1 page at most")
+
+
 def test_png_has_a_piece_for_every_split(work):
     figure = plan.draw(work, LENGTHS)
     pieces = [(round(bar.get_y() + bar.get_height() / 2), bar.get_width()) for bar in figure.axes[0].patches]

@@ -13,7 +13,7 @@ from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
 
 vllm = pytest.importorskip("vllm")
 
-from vllm_helpers import ON_GPU, engine  # noqa: E402
+from vllm_engines import ON_GPU, engine  # noqa: E402
 
 from vllm_flashmla_backend.attention.metadata import FlashMLAMetadataBuilder  # noqa: E402
 

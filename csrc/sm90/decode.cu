@@ -8,10 +8,10 @@
 namespace mla {
 namespace {
 
-// Registers a thread: the consumers' 128 accumulators, 32 scores and 16 weights need 232; 3 x 128 threads
-// share 65,536.
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
+// Registers a thread: a consumer has 128 accumulators, 32 scores and 16 weights. 3 x 128 threads share
+// 65,536.
+constexpr int kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 56;
 
 __device__ void init_barriers(SharedStorage& shared) {
     constexpr int kWarps = kWarpgroup / 32;
@@ -30,11 +30,14 @@ __device__ void init_barriers(SharedStorage& shared) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap k_map) {
-    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_memory);
     const RowTile tile(params, blockIdx.x);
     const int part = blockIdx.y;
-    if (threadIdx.x == 0) init_barriers(shared);
+    if (threadIdx.x == 0) {
+        if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
+        init_barriers(shared);
+    }
     __syncthreads();
 
     if (threadIdx.x < kWarpgroup) {
@@ -55,9 +58,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 void launch(const DecodeParams& params, const CUtensorMap& k_map, cudaStream_t stream) {
-    static const cudaError_t raised = cudaFuncSetAttribute(
-        decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage));
-    CUDA_CHECK(raised);
+    // Each launch, for it holds for the current device only; it costs less than a microsecond.
+    CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    sizeof(SharedStorage)));
     const int rows = params.query_len * (params.num_heads / params.num_kv_heads);
     const int row_tiles = (rows + kTileRows - 1) / kTileRows;
     const dim3 grid(row_tiles * params.num_kv_heads, params.num_parts);

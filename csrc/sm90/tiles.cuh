@@ -13,6 +13,7 @@ namespace mla {
 
 constexpr int kTileColumns = 64;
 constexpr int kTileBytes = 64 * kTileColumns * 2;
+constexpr int kSwizzleAtomBytes = 1024;            // 8 rows: what tiles are aligned to
 constexpr int kTiles = kHeadDim / kTileColumns;    // 9
 constexpr int kTilesV = kHeadDimV / kTileColumns;  // 8
 constexpr int kTilesHalfV = kTilesV / 2;           // a consumer warpgroup's share of V's columns
@@ -30,8 +31,8 @@ enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 enum NamedBarrier { kLeftWarpgroup = 1, kRightWarpgroup };  // id 0 is __syncthreads'
 
 struct SharedStorage {
-    alignas(1024) uint8_t q[kTiles][kTileBytes];
-    alignas(1024) uint8_t k[kStages][kTiles][kTileBytes];
+    alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
+    alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
     // From the first consumer to the second, a float2 for each thread's two rows: by how much to scale the
     // output before the page is added, and after the last.
     float2 scale[kStages][kWarpgroup];

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "ptx.cuh"
+#include "tiles.cuh"
 
 namespace mla::wgmma {
 
@@ -33,9 +34,8 @@ __device__ inline void pin(float (&accumulator)[kCount]) {
 // unused.
 __device__ inline uint64_t descriptor(const void* smem, uint32_t leading_bytes) {
     constexpr uint64_t kSwizzle128 = 1ull << 62;
-    constexpr uint64_t kAtomBytes = 1024;
-    return kSwizzle128 | (kAtomBytes >> 4) << 32 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-           (ptx::smem_address(smem) & 0x3FFFF) >> 4;
+    return kSwizzle128 | static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 |
+           static_cast<uint64_t>(leading_bytes >> 4) << 16 | (ptx::smem_address(smem) & 0x3FFFF) >> 4;
 }
 
 // Descriptors count in 16 bytes.

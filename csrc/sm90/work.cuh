@@ -18,22 +18,25 @@ struct Split {
 };
 
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
+//
+// What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
+// wrong rows, but leads to no memory that is not the call's.
 template <typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, int part, Work&& work) {
     const PartPlan plan = params.parts[part];
-    if (plan.first_seq >= params.batch) return;
-    for (int seq = plan.first_seq; seq <= plan.last_seq; ++seq) {
+    const int first_seq = max(plan.first_seq, 0), last_seq = min(plan.last_seq, params.batch - 1);
+    for (int seq = first_seq; seq <= last_seq; ++seq) {
         const int seq_len = params.seq_lens[seq];
-        const int pages = (seq_len + kPageSize - 1) / kPageSize;
+        const int pages = min(pages_of(seq_len), params.max_pages);
         const int first_slot = params.num_splits[seq];
         const bool is_split = params.num_splits[seq + 1] - first_slot > 1;
+        const int slot = first_slot + (seq == first_seq ? plan.first_split : 0);
         Split split;
         split.seq = seq;
-        split.seq_len = seq_len;
-        // Clamped, so that a plan made for longer lengths cannot lead past the block table.
-        split.page_end = min(pages, seq == plan.last_seq ? plan.last_page_end : pages);
-        split.page_begin = min(split.page_end, seq == plan.first_seq ? plan.first_page : 0);
-        split.partial_slot = is_split ? first_slot + (seq == plan.first_seq ? plan.first_split : 0) : -1;
+        split.seq_len = min(seq_len, pages * kPageSize);
+        split.page_end = seq == last_seq ? max(0, min(pages, plan.last_page_end)) : pages;
+        split.page_begin = seq == first_seq ? max(0, min(split.page_end, plan.first_page)) : 0;
+        split.partial_slot = is_split ? max(0, min(slot, params.batch + params.num_parts - 1)) : -1;
         work(split);
     }
 }

@@ -80,10 +80,10 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
         scheduler.max_num_batched_tokens = max_num_batched_tokens
         cls._use_native_rotary_embedding(vllm_config.compilation_config.custom_ops)
         logger.info_once(
-            "FLASHMLA on a CPU keeps blocks of %d tokens, chunked prefill %s, prefix caching %s.",
-            block_size,
+            "FLASHMLA overrides the line above: chunked prefill %s, prefix caching %s, blocks of %d tokens.",
             "on" if chunked_prefill else "off",
             "on" if prefix_caching else "off",
+            block_size,
         )
 
     @staticmethod

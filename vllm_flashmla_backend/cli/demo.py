@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
 def start_engine(model: Path) -> LLM:
     """Start vLLM on the model, in this process, where the summary can ask the layers what ran."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # A thread that vLLM pins to a busy core waits there, and every other thread waits for it.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -91,7 +93,7 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table.add_row(
         "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
     )
-    table.add_row("pages used", f"{pages:,} of {PAGE_SIZE} tokens")
+    table.add_row("pages used", f"{pages:,}, of {PAGE_SIZE} tokens each")
     table.add_row("vLLM", installed_version(*VLLM))
     table.add_row("device", describe(device))
     table.add_row("backend", layer.attn_backend.__qualname__)

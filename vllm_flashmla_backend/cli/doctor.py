@@ -23,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     checks = examine()
     wrong = [check for check in checks if check.remedy]
     table = Table(title="FLASHMLA on this machine", show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")  # a class's dotted name is of use only whole
     for check in checks:
         table.add_row("[red]wrong[/]" if check.remedy else "[green]ok[/]", check.name, check.found)
     console = Console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,25 +87,40 @@ def num_pages(splits: list[Split]) -> int:
 
 
 def lines(work: list[list[Split]]) -> list[Text]:
-    """A line a part: a bar of its pages, shaded and coloured by sequence, and its splits in words."""
+    """A line for each part with work, and one for each run of idle parts."""
     longest = max(1, *(num_pages(splits) for splits in work))
     found = []
-    for part, splits in enumerate(work):
-        line, done, drawn = Text(f"part {part:>3} "), 0, 0
-        for split in splits:
-            done += split.page_end - split.page_begin
-            upto = round(done / longest * BAR_WIDTH)
-            line.append(SHADES[split.seq % 4] * (upto - drawn), style=COLOURS[split.seq % len(COLOURS)])
-            drawn = upto
-        line.append(" " * (BAR_WIDTH - drawn))
-        line.append(f" {done:>5} pages  " + "  ".join(map(name, splits)) if splits else "  idle")
-        found.append(line)
+    for busy, run in groupby(enumerate(work), key=lambda item: bool(item[1])):
+        parts = list(run)
+        if busy:
+            found += [bar(part, splits, longest) for part, splits in parts]
+        else:
+            first, last = parts[0][0], parts[-1][0]
+            found.append(Text(f"part {first:>3} idle" if first == last else f"parts {first} to {last} idle"))
     return found
+
+
+def bar(part: int, splits: list[Split], longest: int) -> Text:
+    """The part's pages, shaded and coloured by sequence, and its splits in words."""
+    line, done, drawn = Text(f"part {part:>3} "), 0, 0
+    for split in splits:
+        done += split.page_end - split.page_begin
+        upto = round(done / longest * BAR_WIDTH)
+        line.append(SHADES[split.seq % 4] * (upto - drawn), style=COLOURS[split.seq % len(COLOURS)])
+        drawn = upto
+    line.append(" " * (BAR_WIDTH - drawn))
+    line.append(f" {done:>5} {'page ' if done == 1 else 'pages'}  " + "  ".join(map(name, splits)))
+    return line
 
 
 def name(split: Split) -> str:
     """`3[64:96)`: pages 64 to 95 of sequence 3."""
     return f"{split.seq}[{split.page_begin}:{split.page_end})"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 page`, `2 pages`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def summary(work: list[list[Split]], lengths: list[int]) -> str:
@@ -114,13 +130,14 @@ def summary(work: list[list[Split]], lengths: list[int]) -> str:
     for splits in work:
         for split in splits:
             splits_of_seq[split.seq] += 1
-    counts = splits_of_seq.values()
-    cut = sum(count > 1 for count in counts)
+    most = max(splits_of_seq.values())
+    cut = sum(number > 1 for number in splits_of_seq.values())
     busy = sum(bool(splits) for splits in work)
     return (
-        f"{len(lengths)} sequences, {sum(pages):,} pages; {busy} of {len(work)} parts busy, "
-        f"{max(pages)} pages at most, {sum(pages) / len(work):.1f} on average; "
-        f"{sum(counts)} splits; {cut} sequences cut, at most into {max(counts)}"
+        f"{count(len(lengths), 'sequence')}, {count(sum(pages), 'page')}; {busy} of "
+        f"{count(len(work), 'part')} busy, {count(max(pages), 'page')} at most, "
+        f"{sum(pages) / len(work):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; "
+        f"{count(cut, 'sequence')} cut, at most into {most}"
     )
 
 

@@ -7,6 +7,7 @@ CPU, where looking costs nothing.
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import NoReturn
 
@@ -75,15 +76,15 @@ def check_last_dimension(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_strides(name: str, tensor: torch.Tensor) -> None:
-    """The last dimension contiguous; on a GPU also what TMA asks of addresses: multiples of 16 bytes."""
+    """The last dimension contiguous; on a GPU also addresses of rows that are multiples of 16 bytes."""
     check_last_dimension(name, tensor)
     if not tensor.is_cuda:
         return
     if tensor.data_ptr() % 16:
-        fail(name, f"data at address {tensor.data_ptr():#x}", "a multiple of 16 bytes (TMA needs it)")
+        fail(name, f"data at address {tensor.data_ptr():#x}", "a multiple of 16 bytes")
     for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
         if stride % 8 and size > 1:
-            fail(name, f"strides {tensor.stride()}", "multiples of 8 elements, 16 bytes (TMA needs it)")
+            fail(name, f"strides {tensor.stride()}", "multiples of 8 elements: data moves 16 bytes at a time")
 
 
 def check_query(name: str, q: torch.Tensor, head_dim: int) -> None:
@@ -129,6 +130,18 @@ def check_plan_buffers(
     ):
         check_like(name, tensor, shape, torch.int32, device)
         check_contiguous(name, tensor)
+    if tile_scheduler_metadata.data_ptr() % (4 * METADATA_WIDTH):
+        fail(
+            "tile_scheduler_metadata",
+            f"data at address {tile_scheduler_metadata.data_ptr():#x}",
+            f"a multiple of {4 * METADATA_WIDTH} bytes: its rows are read whole",
+        )
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
+    """Finite and positive: a row's largest score is taken before scaling."""
+    if not (isinstance(softmax_scale, (int, float)) and 0 < softmax_scale < math.inf):
+        fail("softmax_scale", repr(softmax_scale), "a finite number above 0")
 
 
 def check_values(

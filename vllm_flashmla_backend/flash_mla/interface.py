@@ -1,5 +1,7 @@
 """The kernel API: has arguments checked, allocates results, hands the call to the chosen kernels.
 
+Source of the interface: https://github.com/deepseek-ai/FlashMLA (`flash_mla_interface.py`).
+
 Names, shapes and call styles are FlashMLA's. Every wrong argument is a `ValueError` that names it.
 On a GPU only shapes, types and strides are looked at, never values: nothing waits for the device.
 """
@@ -23,6 +25,7 @@ from .checks import (
     check_plan_buffers,
     check_query,
     check_rank,
+    check_softmax_scale,
     check_strides,
     check_values,
     fail,
@@ -147,13 +150,15 @@ def flash_mla_with_kvcache(
 
     Parameters
     ----------
-    q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32; strides as they come.
+    q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32. The last dimension is
+        contiguous; the others have any strides, on a GPU multiples of 16 bytes. So have the cache's.
     k_cache : (pages, 64, h_kv, 576) in q's dtype; V is the first 512 of K.
     block_table : (b, max_pages) int32; only the first `ceil(length / 64)` of a row are read.
     cache_seqlens : (b,) int32, tokens in the cache, the new ones included; 0 is allowed.
     head_dim_v : 512.
-    tile_scheduler_metadata, num_splits : what `get_mla_metadata` returned.
-    softmax_scale : factor on the scores; 576 ** -0.5 unless given.
+    tile_scheduler_metadata, num_splits : what `get_mla_metadata` returned for these lengths. On a GPU
+        only their shapes are compared: with a plan of other lengths rows are wrong.
+    softmax_scale : factor on the scores, above 0; 576 ** -0.5 unless given.
     causal : query token i of s_q sees keys up to `length - s_q + i`.
 
     Returns
@@ -211,6 +216,7 @@ def flash_mla_decode(
     (b, s_q, h_q, _), dtype, device = q_nope.shape, q_nope.dtype, q_nope.device
     check_like("q_pe", q_pe, (b, s_q, h_q, HEAD_DIM_ROPE), dtype, device)
     check_cache(q_nope, k_cache, block_table, cache_seqlens)
+    check_softmax_scale(softmax_scale)
     h_kv = k_cache.shape[2]
     if isinstance(tile_scheduler_metadata, MLAPlan):
         if num_splits is not None:
