@@ -9,9 +9,9 @@ import pytest
 
 from vllm_flashmla_backend import recall
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
-from vllm_engines import MODEL, ON_GPU, engine  # noqa: E402
+from vllm_engines import MODEL, ON_GPU, count_right, engine  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_GPU else []
 
@@ -22,20 +22,11 @@ TRANSFORMERS = json.loads((Path(MODEL) / "results.json").read_text())["evaluatio
 
 @pytest.fixture(scope="module")
 def llm():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with engine("FLASHMLA", max_model_len=4096, kv_cache_memory_bytes=1 << 30) as llm:
-            yield llm
+    with engine("FLASHMLA", max_model_len=4096, kv_cache_memory_bytes=1 << 30) as llm:
+        yield llm
 
 
 def test_accuracy_on_fresh_prompts_is_that_of_transformers(llm):
     """With CUDA graphs on a GPU, as vLLM has them by default."""
     assert llm.llm_engine.model_config.enforce_eager is not ON_GPU
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=recall.ANSWER_TOKENS)
-    outputs = llm.generate([prompt.text for prompt in PROMPTS], greedy, use_tqdm=False)
-    right = sum(
-        recall.is_right(prompt, output.outputs[0].text)
-        for prompt, output in zip(PROMPTS, outputs, strict=True)
-    )
-    assert right / len(PROMPTS) >= TRANSFORMERS - 0.005
+    assert count_right(llm, PROMPTS) / len(PROMPTS) >= TRANSFORMERS - 0.005

@@ -11,9 +11,9 @@ import torch
 from vllm_flashmla_backend import recall
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
-from vllm_engines import ON_GPU, engine  # noqa: E402
+from vllm_engines import ON_GPU, count_right, engine  # noqa: E402
 
 from vllm_flashmla_backend.attention.metadata import FlashMLAMetadataBuilder  # noqa: E402
 
@@ -41,14 +41,10 @@ def take_another_requests_page(table: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def llm():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # All prompts in one step, so that all decode together; no graph, which would keep its own table.
-        options = dict(max_num_batched_tokens=16384, enforce_eager=True, enable_prefix_caching=False)
-        with engine("FLASHMLA", **options) as llm:
-            yield llm
+    # All prompts in one step, so that all decode together; no graph, which would keep its own table.
+    options = dict(max_num_batched_tokens=16384, enforce_eager=True, enable_prefix_caching=False)
+    with engine("FLASHMLA", **options) as llm:
+        yield llm
 
 
 @pytest.mark.parametrize(
@@ -68,11 +64,6 @@ def test_answers_stand_and_fall_with_the_answers_page(change, least, most, llm, 
         return decode
 
     monkeypatch.setattr(FlashMLAMetadataBuilder, "_build_decode", with_changed_table)
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=recall.ANSWER_TOKENS)
-    outputs = llm.generate([prompt.text for prompt in PROMPTS], greedy, use_tqdm=False)
-    right = sum(
-        recall.is_right(prompt, output.outputs[0].text)
-        for prompt, output in zip(PROMPTS, outputs, strict=True)
-    )
+    right = count_right(llm, PROMPTS)
     assert set(batches) == {len(PROMPTS)}, "every decode step holds all requests"
     assert least <= right <= most

@@ -29,15 +29,6 @@ BOUND = {"float32": 1e-3, "bfloat16": 0.5}
 DTYPE = "bfloat16" if ON_GPU else "float32"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinned threads wait for others on their core
-        yield
-
-
 @cache
 def peers_answers(dtype: str):
     """What vLLM's own backend answers, given all prompts at once."""

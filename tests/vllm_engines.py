@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+
+from vllm_flashmla_backend import recall
 
 MODEL = os.environ.get("FLASHMLA_TEST_MODEL", str(Path(__file__).parent.parent / "configs" / "recall"))
 ON_GPU = torch.cuda.is_available()
 PEER = "TRITON_MLA" if ON_GPU else "CPU_MLA"  # vLLM's own MLA backend that FLASHMLA is compared with
+
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads wait for others on their core
+}
 
 
 @contextmanager
@@ -24,13 +34,16 @@ def engine(backend: str, **options) -> Iterator[LLM]:
     if not ON_GPU:
         # vllm-cpu 0.32.0 rotates wrongly in eager mode; FLASHMLA's platform mends it, CPU_MLA needs it said
         defaults |= dict(enforce_eager=True, compilation_config={"custom_ops": ["all", "-rotary_embedding"]})
-    llm = LLM(MODEL, attention_backend=backend, **defaults | options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        llm = LLM(MODEL, attention_backend=backend, **defaults | options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
 
 
 def random_prompts(llm: LLM, lengths: list[int]) -> list[dict[str, list[int]]]:
@@ -47,6 +60,16 @@ def generate(llm: LLM, prompts: list, max_tokens: int = 6) -> list[RequestOutput
     """Decode greedily, with the five best logprobs of each step."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
     return llm.generate(prompts, params, use_tqdm=False)
+
+
+def count_right(llm: LLM, prompts: list[recall.RecallPrompt]) -> int:
+    """How many of the recall task's prompts are answered right, greedily."""
+    greedy = SamplingParams(temperature=0, max_tokens=recall.ANSWER_TOKENS)
+    outputs = llm.generate([prompt.text for prompt in prompts], greedy, use_tqdm=False)
+    return sum(
+        recall.is_right(prompt, output.outputs[0].text)
+        for prompt, output in zip(prompts, outputs, strict=True)
+    )
 
 
 def largest_difference(ours: list[RequestOutput], theirs: list[RequestOutput]) -> float:

@@ -204,9 +204,9 @@ def flash_mla_decode(
 
     Parameters
     ----------
-    q_nope : (b, s_q, h_q, 512), the part of q that meets the latent; strides as they come.
+    q_nope : (b, s_q, h_q, 512), the part of q that meets the latent, its strides like any q's.
     q_pe : (b, s_q, h_q, 64), the part that meets the rotary key; strides of its own.
-    out : (b, s_q, h_q, 512) in q's dtype, written; allocated unless given.
+    out : (b, s_q, h_q, 512) in q's dtype, written, its strides like q's; allocated unless given.
     lse : (b, h_q, s_q) float32, written, strides as they come; allocated unless given.
 
     The other parameters, the results and the errors are those of `flash_mla_with_kvcache`.
