@@ -5,6 +5,10 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include <algorithm>
+#include <array>
 
 #include "cuda_check.h"
 #include "params.h"
@@ -12,6 +16,7 @@
 namespace mla {
 namespace {
 
+using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
 constexpr int kAlignment = 16;  // bytes, of every 16-byte load and of the copy engine
@@ -65,16 +70,13 @@ void check_plan(const TensorView& tile_scheduler_metadata) {
               "tile_scheduler_metadata: it must be contiguous and its address a multiple of 32 bytes");
 }
 
-void copy_strides(int64_t (&out)[3], const TensorView& tensor) {
-    for (int dim = 0; dim < 3; ++dim) out[dim] = tensor.stride(dim);
-}
-
 cudaStream_t current_stream(const TensorView& tensor) {
     return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tensor.device().device_id));
 }
 
-// The copy engine's view of the cache: boxes of 64 columns x 64 tokens of one KV head of one page.
-CUtensorMap make_k_map(const TensorView& k_cache) {
+// The copy engine's view of a tensor, innermost dimension first, in boxes that are 64 columns wide.
+CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int, 4> dims,
+                     std::array<cuuint32_t, 4> box) {
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
@@ -84,25 +86,24 @@ CUtensorMap make_k_map(const TensorView& k_cache) {
                   "the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
         return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
     }();
-    const auto stride_bytes = [&](int dim) -> cuuint64_t {
-        return k_cache.size(dim) > 1 ? k_cache.stride(dim) * 2
-                                     : kAlignment;  // of a single entry: any legal value
-    };
-    const cuuint64_t sizes[] = {kHeadDim, kPageSize, static_cast<cuuint64_t>(k_cache.size(2)),
-                                static_cast<cuuint64_t>(k_cache.size(0))};
-    const cuuint64_t strides[] = {stride_bytes(1), stride_bytes(2), stride_bytes(0)};
-    const cuuint32_t box[] = {64, kPageSize, 1, 1};
+    cuuint64_t sizes[4], strides[3];
+    for (int i = 0; i < 4; ++i) sizes[i] = tensor.size(dims[i]);
+    for (int i = 1; i < 4; ++i)  // of a single entry: any legal stride
+        strides[i - 1] = sizes[i] > 1 ? tensor.stride(dims[i]) * 2 : kAlignment;
     const cuuint32_t element_strides[] = {1, 1, 1, 1};
     CUtensorMap map;
-    const CUresult status = encode(&map,
-                                   has_dtype(k_cache, kDLBfloat, 16) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                   4, data<void>(k_cache), sizes, strides, box, element_strides,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    MLA_CHECK(status == CUDA_SUCCESS, "k_cache: the copy engine refuses its address or strides (CUDA error "
-                                          << int(status) << "), " << describe(k_cache));
+    const CUresult status = encode(
+        &map,
+        has_dtype(tensor, kDLBfloat, 16) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        4, data<void>(tensor), sizes, strides, box.data(), element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    MLA_CHECK(status == CUDA_SUCCESS, name << ": the copy engine refuses its address or strides (CUDA error "
+                                           << int(status) << "), " << describe(tensor));
     return map;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
 }
 
 void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits) {
@@ -122,24 +123,24 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
 }
 
 void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
-            TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits, TensorView out,
-            TensorView lse, TensorView out_partial, TensorView lse_partial, double softmax_scale,
-            bool causal) {
+            TensorView seq_lens, Optional<TensorView> cu_seqlens_q, int64_t max_query_len,
+            TensorView tile_scheduler_metadata, TensorView out, TensorView lse, TensorView out_partial,
+            TensorView lse_partial, double softmax_scale, bool causal) {
     check("q_nope", q_nope, {-1, -1, -1, kHeadDimV}, q_nope.dtype().code, 16);
     const uint8_t code = q_nope.dtype().code;
-    const int64_t batch = q_nope.size(0), query_len = q_nope.size(1), heads = q_nope.size(2);
+    const int64_t tokens = q_nope.size(1), heads = q_nope.size(2), batch = seq_lens.numel();
     MLA_CHECK(code == kDLBfloat || code == kDLFloat, "q_nope: unexpected " << describe(q_nope));
-    check("q_pe", q_pe, {batch, query_len, heads, kHeadDim - kHeadDimV}, code, 16);
+    MLA_CHECK(q_nope.size(0) == (cu_seqlens_q ? 1 : batch), "q_nope: unexpected " << describe(q_nope));
+    check("q_pe", q_pe, {q_nope.size(0), tokens, heads, kHeadDim - kHeadDimV}, code, 16);
     check("k_cache", k_cache, {-1, kPageSize, -1, kHeadDim}, code, 16);
     check("block_table", block_table, {batch, -1}, kDLInt, 32);
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
-    check("num_splits", num_splits, {batch + 1}, kDLInt, 32);
-    check("out", out, {batch, query_len, heads, kHeadDimV}, code, 16);
-    check("lse", lse, {batch, heads, query_len}, kDLFloat, 32);
+    check("out", out, {q_nope.size(0), tokens, heads, kHeadDimV}, code, 16);
+    check("lse", lse, {q_nope.size(0), heads, tokens}, kDLFloat, 32);
     const int64_t parts = tile_scheduler_metadata.size(0);
-    check("out_partial", out_partial, {batch + parts, query_len * heads, kHeadDimV}, kDLFloat, 32);
-    check("lse_partial", lse_partial, {batch + parts, query_len * heads}, kDLFloat, 32);
+    check("out_partial", out_partial, {-1, -1, kHeadDimV}, kDLFloat, 32);
+    check("lse_partial", lse_partial, {out_partial.size(0), out_partial.size(1)}, kDLFloat, 32);
     check_alignment("q_nope", q_nope);
     check_alignment("q_pe", q_pe);
     check_alignment("k_cache", k_cache);
@@ -147,41 +148,73 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     MLA_CHECK(k_cache.size(2) > 0 && heads % k_cache.size(2) == 0,
               "q has " << heads << " heads, not a multiple of k_cache's " << k_cache.size(2));
     check_plan(tile_scheduler_metadata);
-    MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous() && out_partial.IsContiguous() &&
-                  lse_partial.IsContiguous(),
-              "cache_seqlens, num_splits, out_partial and lse_partial must be contiguous");
+    MLA_CHECK(seq_lens.IsContiguous() && out_partial.IsContiguous() && lse_partial.IsContiguous(),
+              "cache_seqlens, out_partial and lse_partial must be contiguous");
+    if (cu_seqlens_q) {
+        check("cu_seqlens_q", *cu_seqlens_q, {batch + 1}, kDLInt, 32);
+    } else {
+        MLA_CHECK(max_query_len == tokens, "max_query_len: got " << max_query_len << ", expected " << tokens);
+    }
 
-    DecodeParams params{.q_nope = data<void>(q_nope),
-                        .q_pe = data<void>(q_pe),
-                        .out = data<void>(out),
-                        .lse = data<float>(lse),
-                        .out_partial = data<float>(out_partial),
-                        .lse_partial = data<float>(lse_partial),
-                        .block_table = data<int>(block_table),
-                        .seq_lens = data<int>(seq_lens),
-                        .parts = data<PartPlan>(tile_scheduler_metadata),
-                        .num_splits = data<int>(num_splits),
-                        .q_nope_stride = {},
-                        .q_pe_stride = {},
-                        .out_stride = {},
-                        .lse_stride = {lse.stride(0), lse.stride(1), lse.stride(2)},
-                        .block_table_stride = block_table.stride(0),
-                        .max_pages = static_cast<int>(block_table.size(1)),
-                        .batch = static_cast<int>(batch),
-                        .query_len = static_cast<int>(query_len),
-                        .num_heads = static_cast<int>(heads),
-                        .num_kv_heads = static_cast<int>(k_cache.size(2)),
-                        .num_parts = static_cast<int>(parts),
-                        .causal = causal,
-                        .softmax_scale = static_cast<float>(softmax_scale),
-                        .dtype = code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
-    copy_strides(params.q_nope_stride, q_nope);
-    copy_strides(params.q_pe_stride, q_pe);
-    copy_strides(params.out_stride, out);
+    const int64_t num_kv_heads = k_cache.size(2);
+    const int group = static_cast<int>(heads / num_kv_heads);
+    const int heads_per_tile = std::min(group, kTileRows), tokens_per_tile = kTileRows / heads_per_tile;
+    const int tiles_per_token = static_cast<int>(ceil_div(group, heads_per_tile));
+    const int64_t num_row_tiles = tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads;
+    // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an octet.
+    const int64_t partial_rows = (num_row_tiles - 1) * kTileRows +
+                                 ceil_div(std::min<int64_t>(kTileRows, max_query_len * group), 8) * 8;
+    MLA_CHECK(max_query_len > 0, "max_query_len: got " << max_query_len);
+    MLA_CHECK(parts == 1 || out_partial.size(1) >= partial_rows,
+              "out_partial: unexpected " << describe(out_partial));
+    // Small boxes, of one group of columns after the other, suit the memory; few boxes, where pages are read
+    // by several tiles and mostly come from the L2, spare the copy engine.
+    const int box_tokens = num_row_tiles == 1 ? 16 : kPageSize;
+    const DecodeParams params{
+        .out = data<void>(out),
+        .lse = data<float>(lse),
+        .out_partial = data<float>(out_partial),
+        .lse_partial = data<float>(lse_partial),
+        .block_table = data<int>(block_table),
+        .seq_lens = data<int>(seq_lens),
+        .cu_seqlens_q = cu_seqlens_q ? data<int>(*cu_seqlens_q) : nullptr,
+        .parts = data<PartPlan>(tile_scheduler_metadata),
+        .out_stride = {out.stride(0), out.stride(1), out.stride(2)},
+        .lse_stride = {lse.stride(0), lse.stride(1), lse.stride(2)},
+        .block_table_stride = block_table.stride(0),
+        .max_pages = static_cast<int>(block_table.size(1)),
+        .batch = static_cast<int>(batch),
+        .query_len = static_cast<int>(max_query_len),
+        .num_tokens = static_cast<int>(tokens),
+        .num_heads = static_cast<int>(heads),
+        .num_kv_heads = static_cast<int>(k_cache.size(2)),
+        .num_parts = static_cast<int>(parts),
+        .num_slots = static_cast<int>(out_partial.size(0)),
+        .partial_rows = static_cast<int>(out_partial.size(1)),
+        .heads_per_group = group,
+        .heads_per_tile = heads_per_tile,
+        .tokens_per_tile = tokens_per_tile,
+        .tiles_per_token = tiles_per_token,
+        .inverse_heads = static_cast<int>(ceil_div(1 << 16, heads_per_tile)),
+        .inverse_tiles_per_token = static_cast<uint64_t>(ceil_div(1ll << 32, tiles_per_token)),
+        .inverse_kv_heads = static_cast<uint64_t>(ceil_div(1ll << 32, num_kv_heads)),
+        .num_row_tiles = static_cast<int>(num_row_tiles),
+        .first_row_tile = 0,
+        .box_tokens = box_tokens,
+        .arrivals_slot = 0,
+        .causal = causal,
+        .softmax_scale = static_cast<float>(softmax_scale),
+        .dtype = code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
 
-    const cudaStream_t stream = current_stream(q_nope);
-    launch_decode(params, make_k_map(k_cache), stream);
-    launch_combine(params, stream);
+    constexpr cuuint32_t kColumns = 64;
+    const std::array<int, 4> q_dims{3, 2, 1, 0}, k_dims{3, 1, 2, 0};
+    const std::array<cuuint32_t, 4> q_box{kColumns, static_cast<cuuint32_t>(heads_per_tile),
+                                          static_cast<cuuint32_t>(tokens_per_tile), 1};
+    const DecodeMaps maps{
+        .q_nope = make_map("q_nope", q_nope, q_dims, q_box),
+        .q_pe = make_map("q_pe", q_pe, q_dims, q_box),
+        .k = make_map("k_cache", k_cache, k_dims, {kColumns, static_cast<cuuint32_t>(box_tokens), 1, 1})};
+    launch_decode(params, maps, current_stream(q_nope));
 }
 
 }  // namespace

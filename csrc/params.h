@@ -23,11 +23,9 @@ struct alignas(32) PartPlan {
     int last_seq;       // inclusive
     int last_page_end;  // page of last_seq to stop before
     int first_split;    // number of the first split within first_seq
-    // Row i also names the i-th sequence that has several splits, for the merge; merge_seq is -1 past the
-    // last.
-    int merge_seq;
-    int merge_first_slot;  // its first partial; the others follow
-    int merge_splits;
+    int first_splits;   // how many splits first_seq has
+    int last_splits;    // how many splits last_seq has
+    int first_slot;     // of the first split's partial
 };
 static_assert(sizeof(PartPlan) == kMetadataWidth * sizeof(int));
 
@@ -39,34 +37,52 @@ struct PlanParams {
     int num_parts;
 };
 
-// Strides in elements. Rows of a KV head: row r is query token r / group, head r % group of the group.
+// Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.
 struct DecodeParams {
-    const void* q_nope;      // (b, s_q, h_q, 512)
-    const void* q_pe;        // (b, s_q, h_q, 64)
-    void* out;               // (b, s_q, h_q, 512)
-    float* lse;              // (b, h_q, s_q)
-    float* out_partial;      // (b + num_parts, s_q * h_q, 512)
-    float* lse_partial;      // (b + num_parts, s_q * h_q)
-    const int* block_table;  // (b, max_pages)
-    const int* seq_lens;     // (b)
-    const PartPlan* parts;   // (num_parts)
-    const int* num_splits;   // (b + 1)
+    void* out;                // (b, s_q, h_q, 512), or ragged (tokens, h_q, 512)
+    float* lse;               // (b, h_q, s_q), or ragged (h_q, tokens)
+    float* out_partial;       // (num_slots, partial_rows, 512), laid out as partial.cuh says
+    float* lse_partial;       // (num_slots, partial_rows)
+    const int* block_table;   // (b, max_pages)
+    const int* seq_lens;      // (b)
+    const int* cu_seqlens_q;  // (b + 1) first query token of each sequence; null where all have s_q
+    const PartPlan* parts;    // (num_parts)
 
-    int64_t q_nope_stride[3];  // b, s_q, h_q
-    int64_t q_pe_stride[3];
-    int64_t out_stride[3];
+    int64_t out_stride[3];  // b, s_q, h_q
     int64_t lse_stride[3];  // b, h_q, s_q
     int64_t block_table_stride;
     int max_pages;  // entries in a row of the block table
 
     int batch;
-    int query_len;     // s_q
+    int query_len;     // s_q, of a ragged batch the largest
+    int num_tokens;    // of a ragged batch
     int num_heads;     // h_q
     int num_kv_heads;  // h_kv
     int num_parts;
+    int num_slots;
+    int partial_rows;
+    int heads_per_group;               // h_q / h_kv
+    int heads_per_tile;                // a tile's rows: this many heads of
+    int tokens_per_tile;               // this many query tokens
+    int tiles_per_token;               // where one token's heads take several tiles
+    int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
+    uint64_t inverse_tiles_per_token;  // 2^32 / tiles_per_token, rounded up; likewise
+    uint64_t inverse_kv_heads;
+    int num_row_tiles;   // over all KV heads
+    int first_row_tile;  // of this launch
+    int box_tokens;      // tokens of a page that are fetched at a time
+    int arrivals_slot;   // which of the kernel's sets of arrival counters this launch uses
     bool causal;
     float softmax_scale;
     DType dtype;
+};
+
+// The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x
+// one page's tokens.
+struct DecodeMaps {
+    CUtensorMap q_nope;  // 512 columns x h_q x s_q x b
+    CUtensorMap q_pe;    // 64 columns x h_q x s_q x b
+    CUtensorMap k;       // 576 columns x 64 tokens x h_kv x pages
 };
 
 // Pages of a sequence; a negative length counts as none.
@@ -75,7 +91,6 @@ __host__ __device__ inline int pages_of(int seq_len) {
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);
-void launch_decode(const DecodeParams& params, const CUtensorMap& k_map, cudaStream_t stream);
-void launch_combine(const DecodeParams& params, cudaStream_t stream);
+void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStream_t stream);
 
 }  // namespace mla

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode, get_mla_metadata
+from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_decode_varlen, get_mla_metadata
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
@@ -110,6 +111,31 @@ def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         out,
         lse,
     )
+
+
+def run_ragged(
+    case: Case, inputs: Inputs, query_lens: tuple[int, ...]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first `query_lens[i]` query tokens of sequence i, all in one ragged call; a result for each."""
+    device, h_q = inputs.q_nope.device, case.h_q
+    plan = get_mla_metadata(inputs.cache_seqlens, case.s_q * h_q // case.h_kv, case.h_kv)
+    begins = [0, *accumulate(query_lens)]
+    out = torch.full((begins[-1], h_q, 512), torch.nan, dtype=case.dtype, device=device)
+    lse = torch.full((h_q, begins[-1]), torch.nan, device=device)
+    flash_mla_decode_varlen(
+        *(torch.cat([q[i, :n] for i, n in enumerate(query_lens)]) for q in (inputs.q_nope, inputs.q_pe)),
+        inputs.k_cache,
+        inputs.block_table,
+        inputs.cache_seqlens,
+        torch.tensor(begins, dtype=torch.int32, device=device),
+        case.s_q,
+        *plan,
+        SCALE,
+        case.causal,
+        out,
+        lse,
+    )
+    return [(out[None, begin:end], lse[None, :, begin:end]) for begin, end in pairwise(begins)]
 
 
 def expected(

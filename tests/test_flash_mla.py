@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mla_cases import SCALE, Case, assert_agree, expected, make_inputs, nan_results, run
+from mla_cases import SCALE, Case, assert_agree, expected, make_inputs, nan_results, run, run_ragged
 
 from vllm_flashmla_backend.flash_mla import (
     flash_mla_decode,
@@ -28,6 +28,7 @@ from vllm_flashmla_backend.flash_mla import (
 )
 from vllm_flashmla_backend.flash_mla.interface import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
+from vllm_flashmla_backend.flash_mla.reference import naive_attention
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -123,6 +124,26 @@ def test_plan_made_at_the_first_call_serves_the_next(device):
     assert plan.tile_scheduler_metadata is metadata, "planned once"
     assert_agree(first, expected(case, inputs))
     assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("h_q", [16, 20, 128])
+def test_sequences_with_different_query_lengths_agree_with_one_at_a_time(h_q, causal, device):
+    """Known failure 4: drafts of different lengths in one batch, with their own causal limits."""
+    query_lens = (1, 8, 0, 3, 1, 2, 8, 5)
+    case = Case((700, 3000, 64, 2, 0, 65, 7, 1000), s_q=8, h_q=h_q, causal=causal)
+    inputs = make_inputs(case, device)
+    for i, (query_len, got) in enumerate(zip(query_lens, run_ragged(case, inputs, query_lens), strict=True)):
+        one = slice(i, i + 1)
+        want = naive_attention(
+            inputs.q[one, :query_len],
+            inputs.k_cache,
+            inputs.block_table[one],
+            inputs.cache_seqlens[one],
+            SCALE,
+            causal,
+        )
+        assert_agree(got, want)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,13 @@ import pytest
 import torch
 from mla_cases import SCALE, Case, make_inputs, run
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_with_kvcache, get_mla_metadata, ops
+from vllm_flashmla_backend.flash_mla import (
+    flash_mla_decode,
+    flash_mla_decode_varlen,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    ops,
+)
 from vllm_flashmla_backend.flash_mla.interface import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 
@@ -106,6 +112,31 @@ def test_wrong_argument_is_named(argument, spoil, message):
     call[argument] = spoil(call[argument])
     with pytest.raises(ValueError, match=message) as error:
         flash_mla_decode(**call)
+    assert argument in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("q_nope", torch.zeros(2, 2, 4, 512), "expected a tensor of rank 3"),
+        ("cu_seqlens_q", torch.tensor([0, 2, 3, 9]), "got torch.int64, expected torch.int32"),
+        ("cu_seqlens_q", torch.tensor([0, 2, 4], dtype=torch.int32), r"got shape \(3,\), expected \(4,\)"),
+        ("cu_seqlens_q", torch.tensor([0, 2, 1, 6], dtype=torch.int32), "rise from 0 to q's 6 tokens"),
+        ("cu_seqlens_q", torch.tensor([0, 2, 4, 5], dtype=torch.int32), "rise from 0 to q's 6 tokens"),
+        ("max_query_len", 0, "got 0, expected an int of at least 1"),
+        ("max_query_len", 1, "got 1, expected at least 2, which cu_seqlens_q has"),
+    ],
+)
+def test_wrong_argument_of_a_ragged_call_is_named(argument, value, message):
+    call = good_call()
+    for name in ("q_nope", "q_pe"):
+        call[name] = call[name].flatten(0, 1)  # (tokens, h_q, d)
+    call |= {"cu_seqlens_q": torch.tensor([0, 2, 4, 6], dtype=torch.int32), "max_query_len": 2}
+    call |= {"out": None, "lse": None}
+    flash_mla_decode_varlen(**call)
+    call[argument] = value
+    with pytest.raises(ValueError, match=message) as error:
+        flash_mla_decode_varlen(**call)
     assert argument in str(error.value)
 
 

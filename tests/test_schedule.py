@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import math
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mla_cases import SCALE, Case, make_inputs
 
 from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
+from vllm_flashmla_backend.flash_mla.checks import check_values
 from vllm_flashmla_backend.flash_mla.interface import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
     METADATA_WIDTH,
@@ -18,6 +20,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     START_COST,
     Field,
     ceil_div,
+    partial_slots,
     plan,
     splits_of,
 )
@@ -28,6 +31,33 @@ LENGTHS = st.lists(
     max_size=70,
 )
 PARTS = st.integers(1, 140)
+
+
+def shares(lengths: list[int], parts: int) -> list[list[int]]:
+    """For each part, the pages of its splits."""
+    found = [[] for _ in range(parts)]
+    for split in splits_of(plan(lengths, parts)[0], lengths):
+        found[split.part].append(split.page_end - split.page_begin)
+    return found
+
+
+def taken(lengths: list[int]) -> list[int]:
+    """Pages of each sequence; an empty one counts as one, since its result is to be written."""
+    return [max(1, ceil_div(n, PAGE_SIZE)) for n in lengths]
+
+
+def least_split_length(lengths: list[int], parts: int) -> float:
+    """With splits of how many pages a split a part is enough, found by trying all; inf if never."""
+    if len(lengths) > parts:
+        return math.inf
+    low, high = 1, max(taken(lengths))
+    while low < high:
+        middle = (low + high) // 2
+        if sum(ceil_div(n, middle) for n in taken(lengths)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @given(LENGTHS, PARTS)
@@ -44,13 +74,24 @@ def test_every_page_is_planned_once_and_in_order(lengths, parts):
 
 
 @given(LENGTHS, PARTS)
-def test_no_part_has_more_than_its_fair_share(lengths, parts):
-    metadata, _ = plan(lengths, parts)
-    cost = [0] * parts
-    for split in splits_of(metadata, lengths):
-        cost[split.part] += START_COST + split.page_end - split.page_begin
-    pages = sum(ceil_div(n, PAGE_SIZE) for n in lengths)
-    assert max(cost) <= ceil_div(pages + START_COST * (len(lengths) + parts), parts)
+def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts):
+    """Either a split a part, or the fair share of all starts and pages; and a start for going on."""
+    cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts)]
+    fair = ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
+    assert max(cost) <= min(least_split_length(lengths, parts), fair) + START_COST
+
+
+@given(LENGTHS, PARTS)
+def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
+    fair = ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
+    if least_split_length(lengths, parts) <= fair:
+        assert max(map(len, shares(lengths, parts))) == 1
+        pages = [[] for _ in lengths]
+        for split in splits_of(plan(lengths, parts)[0], lengths):
+            pages[split.seq].append(split.page_end - split.page_begin)
+        assert all(max(of_seq) - min(of_seq) <= 1 for of_seq in pages), "cut evenly"
+    else:
+        assert all(shares(lengths, parts)), "no part is idle"
 
 
 @given(LENGTHS, PARTS)
@@ -60,7 +101,7 @@ def test_num_splits_counts_the_splits(lengths, parts):
     for split in splits_of(metadata, lengths):
         counts[split.seq] += 1
     assert num_splits.tolist() == [0, *accumulate(counts)]
-    assert num_splits[-1] <= len(lengths) + parts, "what the partial results have room for"
+    assert all(counts[split.seq] == split.splits for split in splits_of(metadata, lengths))
     assert metadata.dtype == num_splits.dtype == torch.int32
 
 
@@ -70,17 +111,32 @@ def test_idle_parts_are_marked_and_come_last(lengths, parts):
     busy = {split.part for split in splits_of(metadata, lengths)}
     assert busy == set(range(len(busy)))
     idle = [0] * METADATA_WIDTH
-    idle[Field.FIRST_SEQ], idle[Field.MERGE_SEQ] = len(lengths), -1
+    idle[Field.FIRST_SEQ] = len(lengths)
     assert all(row == idle for row in metadata[len(busy) :].tolist())
 
 
 @given(LENGTHS, PARTS)
-def test_sequences_with_several_splits_are_listed_for_the_merge(lengths, parts):
-    metadata, num_splits = plan(lengths, parts)
-    counts = num_splits.diff().tolist()
-    several = [[seq, num_splits[seq].item(), count] for seq, count in enumerate(counts) if count > 1]
-    merges = metadata[:, Field.MERGE_SEQ :].tolist()
-    assert merges == several + [[-1, 0, 0]] * (parts - len(several))
+def test_every_partial_result_has_a_slot_of_its_own(lengths, parts):
+    partial = [split for split in splits_of(plan(lengths, parts)[0], lengths) if split.splits > 1]
+    assert len({split.slot for split in partial}) == len(partial)
+    assert all(0 <= split.slot < partial_slots(len(lengths), parts) for split in partial)
+    for one, next_one in pairwise(partial):
+        assert one.seq != next_one.seq or one.slot + 1 == next_one.slot, "consecutive along a sequence"
+
+
+def test_equal_sequences_are_cut_alike():
+    """64 sequences of 8 pages on 132 parts: two parts each, 4 left over, rather than cuts anywhere."""
+    assert shares([8 * PAGE_SIZE] * 64, 132) == [[4]] * 128 + [[]] * 4
+
+
+def test_a_single_short_sequence_has_a_part_for_each_page():
+    assert shares([128 * PAGE_SIZE], 132) == [[1]] * 128 + [[]] * 4
+
+
+def test_a_negative_length_counts_as_zero():
+    """Lengths of a padded row may hold anything; the GPU's planner does not look at them first."""
+    for got, want in zip(plan([-1, 700, -(2**31)], 7), plan([0, 700, 0], 7), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_one_long_sequence_uses_every_part():
@@ -125,28 +181,58 @@ def test_merging_any_split_equals_not_splitting(lengths, s_q, parts):
     for count in (1, parts):
         out = torch.full((len(lengths), s_q, 3, 512), torch.nan)
         lse = torch.full((len(lengths), 3, s_q), torch.nan)
-        tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-        reference.decode(*tensors, *plan(lengths, count), out, lse, SCALE, True)
+        reference.decode(
+            **vars(inputs),
+            cu_seqlens_q=None,
+            max_query_len=s_q,
+            **dict(zip(("tile_scheduler_metadata", "num_splits"), plan(lengths, count), strict=True)),
+            out=out,
+            lse=lse,
+            softmax_scale=SCALE,
+            causal=True,
+        )
         results.append((out, lse))
     torch.testing.assert_close(results[0], results[1], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("column", Field)
+def test_a_plan_with_a_wrong_word_is_refused_on_the_cpu(column):
+    case = Case((5000, 40, 3000))
+    inputs = make_inputs(case, torch.device("cpu"))
+    tensors = (inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    metadata, num_splits = plan(list(case.lengths), 2)
+    check_values(*tensors, metadata, num_splits)
+    metadata[1, column] += 1  # the part that ends the first sequence and does the others
+    with pytest.raises(ValueError, match="tile_scheduler_metadata, num_splits: got a plan for other lengths"):
+        check_values(*tensors, metadata, num_splits)
+
+
+def assert_kernel_plans_the_same(lengths: list[int], parts: int) -> None:
+    metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
+    num_splits = torch.full((len(lengths) + 1,), -7, dtype=torch.int32, device="cuda")
+    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits)
+    want = plan(lengths, parts)
+    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts)
+    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts)
+
+
 @pytest.mark.gpu
-def test_planner_kernel_gives_the_same_bytes():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("parts", [1, 2, 33, 66, 132, 600])
+@pytest.mark.parametrize("batch", [1, 2, 32, 33, 128, 512, 513, 3000])
+def test_planner_kernel_gives_the_same_bytes(batch, parts):
+    generator = torch.Generator().manual_seed(batch * parts)
+    for longest in (1, 65, 300, 8192, 10**6):
+        lengths = torch.randint(0, longest + 1, (batch,), generator=generator).tolist()
+        assert_kernel_plans_the_same(lengths, parts)
+        assert_kernel_plans_the_same([longest] * batch, parts)
+        assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts)
 
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
 
-    for _ in range(500):
-        batch, parts, longest = pick(1, 512), pick(1, 132), 10 ** pick(1, 6)
-        lengths = torch.randint(0, longest + 1, (batch,), generator=generator, dtype=torch.int32)
-        metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
-        num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, device="cuda")
-        plan_into(lengths.cuda(), metadata, num_splits)
-        want = plan(lengths.tolist(), parts)
-        assert torch.equal(metadata.cpu(), want[0]), (lengths.tolist(), parts)
-        assert torch.equal(num_splits.cpu(), want[1]), (lengths.tolist(), parts)
+@pytest.mark.gpu
+@settings(deadline=None, max_examples=300)
+@given(LENGTHS, PARTS)
+def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts):
+    assert_kernel_plans_the_same(lengths, parts)
 
 
 def test_get_mla_metadata_has_flashmlas_shapes(device):

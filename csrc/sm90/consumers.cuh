@@ -3,7 +3,7 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "loader.cuh"
+#include "merge.cuh"
 #include "wgmma.cuh"
 
 namespace mla {
@@ -16,19 +16,18 @@ __device__ inline void warp_arrive(uint64_t* barrier) {
 
 // scores (64 x 64) = q k^T, tile by tile as the page arrives.
 template <typename T>
-__device__ inline void compute_scores(SharedStorage& shared, const RingPosition<kStages>& stage,
-                                      float (&scores)[32]) {
+__device__ inline void compute_scores(SharedStorage& shared, int slot, uint32_t parity, float (&scores)[32]) {
+    const uint32_t q = wgmma::descriptor(shared.q, 0), k = wgmma::descriptor(shared.k[slot], 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        ptx::barrier_wait(&shared.k_full[stage.slot][tile], stage.parity);
+        ptx::barrier_wait(&shared.k_full[slot][tile], parity);
         wgmma::fence();
-        const uint64_t q = wgmma::descriptor(shared.q[tile], 0);
-        const uint64_t k = wgmma::descriptor(shared.k[stage.slot][tile], 0);
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
-            wgmma::Product<T>::scores(scores, wgmma::advance(q, step * 32), wgmma::advance(k, step * 32),
-                                      i + step > 0);
+        for (int step = 0; step < 4; ++step) {
+            const uint32_t at = tile * kTileBytes + step * 32;
+            wgmma::Product<T>::scores(scores, wgmma::advance(q, at), wgmma::advance(k, at), i + step > 0);
+        }
     }
     wgmma::commit();
     wgmma::wait<0>();
@@ -39,7 +38,7 @@ __device__ inline void compute_scores(SharedStorage& shared, const RingPosition<
 template <typename T>
 __device__ inline void start_output(const uint32_t (&weights)[16], const void* v_tiles,
                                     float (&output)[128]) {
-    const uint64_t v = wgmma::descriptor(v_tiles, kTileBytes);
+    const uint32_t v = wgmma::descriptor(v_tiles, kTileBytes);
     wgmma::pin(output);
     wgmma::fence();
 #pragma unroll
@@ -55,15 +54,14 @@ __device__ inline void finish_output(float (&output)[128]) {
 
 // Tokens past the end of the sequence may hold NaN, and 0 * NaN is NaN: their values become 0. Called by the
 // warpgroup that multiplies these four tiles.
-__device__ inline void zero_values_past_end(uint8_t (*tiles)[kTileBytes], int valid_tokens,
-                                            NamedBarrier warpgroup) {
+__device__ inline void zero_values_past_end(uint8_t (*tiles)[kTileBytes], int valid_tokens, int consumer) {
     constexpr int kChunksPerRow = 128 / 16;
     const int first = valid_tokens * kChunksPerRow;
     for (int chunk = first + threadIdx.x % kWarpgroup; chunk < 64 * kChunksPerRow; chunk += kWarpgroup)
         for (int tile = 0; tile < kTilesHalfV; ++tile)
             reinterpret_cast<uint4*>(tiles[tile])[chunk] = make_uint4(0, 0, 0, 0);
     ptx::fence_async_proxy();
-    ptx::named_barrier_wait(warpgroup, kWarpgroup);
+    sync_warpgroup(consumer);
 }
 
 __device__ inline void rescale_output(float (&output)[128], float2 scale) {
@@ -98,11 +96,11 @@ __device__ inline void hand_over(SharedStorage& shared, int stage, const uint32_
     ptx::barrier_arrive(&shared.weights_full[stage]);
 }
 
-__device__ inline float2 take_over(SharedStorage& shared, const RingPosition<kStages>& stage,
+__device__ inline float2 take_over(SharedStorage& shared, int slot, uint32_t parity,
                                    uint32_t (&weights)[16]) {
     const int thread = threadIdx.x % kWarpgroup;
-    ptx::barrier_wait(&shared.weights_full[stage.slot], stage.parity);
-    const auto* fragments = reinterpret_cast<const uint4*>(shared.k[stage.slot][kRopeTile]) + thread;
+    ptx::barrier_wait(&shared.weights_full[slot], parity);
+    const auto* fragments = reinterpret_cast<const uint4*>(shared.k[slot][kRopeTile]) + thread;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint4 fragment = fragments[i * kWarpgroup];
@@ -111,7 +109,7 @@ __device__ inline float2 take_over(SharedStorage& shared, const RingPosition<kSt
         weights[4 * i + 2] = fragment.z;
         weights[4 * i + 3] = fragment.w;
     }
-    return shared.scale[stage.slot][thread];
+    return shared.scale[slot][thread];
 }
 
 // The same for the factors that end a split, in the stage of its last page.
@@ -132,96 +130,107 @@ __device__ inline void clear(float (&output)[128]) {
     for (int i = 0; i < 128; ++i) output[i] = 0.f;
 }
 
-template <typename T>
-__device__ inline void consume_scores_and_left(const DecodeParams& params, SharedStorage& shared, int part,
-                                               const RowTile& tile) {
-    float output[128], scores[32];
-    uint32_t weights[16] = {};
-    RingPosition<kStages> stage;
-    RingPosition<1> q_round;
-    for_each_split(params, part, [&](const Split& split) {
-        OnlineSoftmax softmax(params.softmax_scale);
-        if (split.is_empty()) {
-            store_no_output<T>(params, tile, split, 0);
-            store_lse(params, tile, split, softmax);
-            return;
-        }
-        clear(output);
-        int visible[2];
-        for (int h = 0; h < 2; ++h)
-            visible[h] =
-                visible_keys(params, split.seq_len, tile.row(params, first_row_of_thread() + 8 * h).token);
-        const int mask_from = keys_visible_to_all(params, split.seq_len);
-        ptx::barrier_wait(&shared.q_full, q_round.parity);
-        q_round.next();
-        for (int page = split.page_begin; page < split.page_end; ++page) {
-            const int first_key = page * kPageSize;
-            const bool is_last = page + 1 == split.page_end;
-            compute_scores<T>(shared, stage, scores);
-            if (is_last) warp_arrive(&shared.q_empty);
-
-            if (first_key + kPageSize > mask_from) mask_scores(scores, first_key, visible);
-            const float2 scale = softmax.update(scores);
-            pack_weights<T>(scores, weights);
-            ptx::named_barrier_wait(kLeftWarpgroup, kWarpgroup);  // no warp's scores read the rope tile now
-            hand_over(shared, stage.slot, weights, scale);
-
-            rescale_output(output, scale);
-            if (split.seq_len < first_key + kPageSize)
-                zero_values_past_end(&shared.k[stage.slot][0], split.seq_len - first_key, kLeftWarpgroup);
-            start_output<T>(weights, shared.k[stage.slot][0], output);
-            finish_output(output);
-            if (is_last) {
-                softmax.finish();
-                hand_over_normalizer(shared, stage.slot, softmax.normalizer());
-                store_output<T>(params, tile, split, output, softmax.normalizer(), 0, shared.k[stage.slot][0],
-                                kLeftWarpgroup);
-                store_lse(params, tile, split, softmax);
-            }
-            warp_arrive(&shared.k_empty[stage.slot][kLeftV]);
-            stage.next();
-        }
-    });
-}
-
-template <typename T>
-__device__ inline void consume_right(const DecodeParams& params, SharedStorage& shared, int part,
-                                     const RowTile& tile) {
-    float output[128];
-    uint32_t weights[16];
+// What a consumer keeps from one split to the next.
+struct ConsumerState {
     RingPosition<kStages> stage;
     uint32_t normalizer_parities = 0;
-    for_each_split(params, part, [&](const Split& split) {
-        if (split.is_empty()) {
-            store_no_output<T>(params, tile, split, kColumnsHalfV);
-            return;
-        }
-        clear(output);
-        for (int page = split.page_begin; page < split.page_end; ++page) {
-            const int first_key = page * kPageSize;
-            uint8_t (*v_tiles)[kTileBytes] = &shared.k[stage.slot][kTilesHalfV];
-            const float2 scale = take_over(shared, stage, weights);
-            rescale_output(output, scale);
-            for (int t = kTilesHalfV; t < kTilesV; ++t)
-                ptx::barrier_wait(&shared.k_full[stage.slot][t], stage.parity);
-            if (split.seq_len < first_key + kPageSize)
-                zero_values_past_end(v_tiles, split.seq_len - first_key, kRightWarpgroup);
-            start_output<T>(weights, v_tiles, output);
-            // The copy engine may overwrite the weights' place once they have been written and read for good:
-            // the products have the registers, and the fence orders this thread's reads before the engine's
-            // writes.
-            ptx::fence_async_proxy();
-            warp_arrive(&shared.k_empty[stage.slot][kRope]);
-            finish_output(output);
-            if (page + 1 == split.page_end) {
-                const float2 normalizer = take_over_normalizer(shared, stage.slot, normalizer_parities);
-                store_output<T>(params, tile, split, output, normalizer, kColumnsHalfV, *v_tiles,
-                                kRightWarpgroup);
-            }
-            warp_arrive(&shared.k_empty[stage.slot][kRightV]);
-            stage.next();
-        }
-    });
+};
+
+// Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
+template <typename T>
+__device__ inline float2 consume_scores_and_left(const DecodeParams& params, SharedStorage& shared,
+                                                 const RowTile& tile, const Split& split,
+                                                 ConsumerState& state, float (&output)[128]) {
+    OnlineSoftmax softmax(params.softmax_scale);
+    float scores[32];
+    uint32_t weights[16];
+    int visible[2];
+    for (int h = 0; h < 2; ++h)
+        visible[h] =
+            visible_keys(params, split, row_of(params, tile, split, first_row_of_thread() + 8 * h).token);
+    const int visible_to_all = visible_keys(params, split, 0);
+    for (int page = split.page_begin; page < split.page_end; ++page) {
+        const int first_key = page * kPageSize, slot = state.stage.slot;
+        const bool is_last = page + 1 == split.page_end;
+        compute_scores<T>(shared, slot, state.stage.parity, scores);
+        sync_warpgroup(kLeft);  // no warp's scores read the rope tile now, and the weights may take its place
+        if (is_last) warp_arrive(&shared.q_empty);
+
+        if (first_key + kPageSize > visible_to_all) mask_scores(scores, first_key, visible);
+        const float2 scale = softmax.update(scores);
+        pack_weights<T>(scores, weights);
+        hand_over(shared, slot, weights, scale);
+
+        rescale_output(output, scale);
+        if (split.seq_len < first_key + kPageSize)
+            zero_values_past_end(&shared.k[slot][0], split.seq_len - first_key, kLeft);
+        start_output<T>(weights, shared.k[slot][0], output);
+        finish_output(output);
+        if (is_last) break;  // the page is given back after the output is stored
+        warp_arrive(&shared.k_empty[slot][kLeftV]);
+        state.stage.next();
+    }
+    softmax.finish();
+    if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
+    store_lse(params, shared.plan, tile, split, softmax);
+    return softmax.normalizer();
+}
+
+// The right half of the output, with the weights that the other consumer hands over.
+template <typename T>
+__device__ inline float2 consume_right(SharedStorage& shared, const Split& split, ConsumerState& state,
+                                       float (&output)[128]) {
+    if (split.is_empty()) return make_float2(0.f, 0.f);
+    uint32_t weights[16];
+    for (int page = split.page_begin;; ++page) {
+        const int first_key = page * kPageSize, slot = state.stage.slot;
+        uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
+        const float2 scale = take_over(shared, slot, state.stage.parity, weights);
+        rescale_output(output, scale);
+        for (int t = kTilesHalfV; t < kTilesV; ++t)
+            ptx::barrier_wait(&shared.k_full[slot][t], state.stage.parity);
+        if (split.seq_len < first_key + kPageSize)
+            zero_values_past_end(v_tiles, split.seq_len - first_key, kRight);
+        start_output<T>(weights, v_tiles, output);
+        // The copy engine may overwrite the weights' place once they have been written and read for good: the
+        // products have the registers, and the fence orders this thread's reads before the engine's writes.
+        ptx::fence_async_proxy();
+        warp_arrive(&shared.k_empty[slot][kRope]);
+        finish_output(output);
+        if (page + 1 == split.page_end) return take_over_normalizer(shared, slot, state.normalizer_parities);
+        warp_arrive(&shared.k_empty[slot][kRightV]);
+        state.stage.next();
+    }
+}
+
+// A consumer's half of a split, from its pages to its result in memory.
+template <typename T>
+__device__ inline void consume(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                               const Split& split, int consumer, ConsumerState& state) {
+    float output[128];
+    clear(output);
+    float2 scale = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, split, state, output)
+                                     : consume_right<T>(shared, split, state, output);
+    const SplitPlace place(params, shared.plan, split);
+    const bool exchanged = place.is_partial() && is_exchange(params, shared.plan, place);
+    const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
+    const int slot = state.stage.slot;
+    if (!is_mine)
+        store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
+                      scale, consumer);
+    if (place.is_partial()) arrive(params, shared, split, place, consumer);
+    if (is_mine && exchanged) {
+        wait_for_all(params, shared, split, place, consumer);
+        scale = merge_exchanged(params, tile, split, place, consumer, scale, output);
+    }
+    if (split.is_empty()) {
+        if (is_mine) store_zeros<T>(params, tile, split, consumer);
+        return;
+    }
+    if (is_mine)
+        store_rows<T>(params, tile, split, output, scale, consumer, shared.k[slot][consumer * kTilesHalfV]);
+    warp_arrive(&shared.k_empty[slot][consumer == kLeft ? kLeftV : kRightV]);
+    state.stage.next();
 }
 
 }  // namespace mla

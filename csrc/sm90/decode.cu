@@ -1,9 +1,13 @@
 // Split-KV MLA decode for Hopper: one block of three warpgroups works on 64 query rows of one KV head and one
 // part of the plan. Two consumers share the output's 512 columns; a producer keeps two pages of the cache
 // arriving. Both products run on wgmma, pages come through the copy engine.
+#include <algorithm>
+#include <atomic>
+
 #include "../cuda_check.h"
 #include "consumers.cuh"
 #include "loader.cuh"
+#include "merge.cuh"
 
 namespace mla {
 namespace {
@@ -15,7 +19,6 @@ constexpr int kProducerRegisters = 56;
 
 __device__ void init_barriers(SharedStorage& shared) {
     constexpr int kWarps = kWarpgroup / 32;
-    ptx::barrier_init(&shared.q_full, kQueryLoaders);
     ptx::barrier_init(&shared.q_empty, kWarps);
     for (int stage = 0; stage < kStages; ++stage) {
         for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(&shared.k_full[stage][tile], 1);
@@ -29,52 +32,77 @@ __device__ void init_barriers(SharedStorage& shared) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ CUtensorMap k_map) {
+    decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_memory);
-    const RowTile tile(params, blockIdx.x);
-    const int part = blockIdx.y;
-    if (threadIdx.x == 0) {
+    const RowTile tile(params, params.first_row_tile + blockIdx.x);
+    const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
+    if (thread == 0) {
+        shared.plan = params.parts[blockIdx.y];
+    } else if (thread == kWarpgroup) {
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
+    } else if (thread == 2 * kWarpgroup) {
+        ptx::prefetch_map(maps.k);
+        ptx::prefetch_map(maps.q_nope);
+        ptx::prefetch_map(maps.q_pe);
     }
     __syncthreads();
 
-    if (threadIdx.x < kWarpgroup) {
-        ptx::take_registers<kConsumerRegisters>();
-        consume_scores_and_left<T>(params, shared, part, tile);
-    } else if (threadIdx.x < 2 * kWarpgroup) {
-        ptx::take_registers<kConsumerRegisters>();
-        consume_right<T>(params, shared, part, tile);
-    } else {
+    if (warpgroup == kConsumers) {
         ptx::give_registers<kProducerRegisters>();
-        if (threadIdx.x < kThreads - kQueryLoaders) {
-            load_pages(params, k_map, shared, part, tile.kv_head);
-        } else {
-            load_queries<T>(params, shared, part, tile);
-        }
+        if (thread != 2 * kWarpgroup) return;
+        Loader loader(params, maps, shared);
+        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(tile, split); });
+        return;
     }
+    ptx::take_registers<kConsumerRegisters>();
+    ConsumerState state;
+    for_each_split(params, shared.plan, tile,
+                   [&](const Split& split) { consume<T>(params, shared, tile, split, warpgroup, state); });
+    merge_splits<T>(params, shared, tile, warpgroup);
 }
 
 template <typename T>
-void launch(const DecodeParams& params, const CUtensorMap& k_map, cudaStream_t stream) {
+void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
     CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     sizeof(SharedStorage)));
-    const int rows = params.query_len * (params.num_heads / params.num_kv_heads);
-    const int row_tiles = (rows + kTileRows - 1) / kTileRows;
-    const dim3 grid(row_tiles * params.num_kv_heads, params.num_parts);
-    decode_kernel<T><<<grid, kThreads, sizeof(SharedStorage), stream>>>(params, k_map);
-    CUDA_CHECK(cudaGetLastError());
+    cudaLaunchAttribute cooperative;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(tiles, params.num_parts);
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = sizeof(SharedStorage);
+    config.stream = stream;
+    config.attrs = &cooperative;
+    config.numAttrs = params.num_parts > 1;  // one part splits nothing, and waits for nothing
+    CUDA_CHECK(cudaLaunchKernelEx(&config, decode_kernel<T>, params, maps));
 }
 
 }  // namespace
 
-void launch_decode(const DecodeParams& params, const CUtensorMap& k_map, cudaStream_t stream) {
-    if (params.dtype == DType::kBFloat16) {
-        launch<__nv_bfloat16>(params, k_map, stream);
-    } else {
-        launch<__half>(params, k_map, stream);
+void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStream_t stream) {
+    static std::atomic<unsigned> launches{0};
+    int device, sms;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    // Blocks that wait for each other run at the same time, one on an SM. Rows whose padding takes more tiles
+    // than the plan reckoned with are left to further launches.
+    const int tiles_at_once = params.num_parts == 1
+                                  ? params.num_row_tiles
+                                  : std::max(1, std::min(sms, kMaxBlocks) / params.num_parts);
+    DecodeParams launched = params;
+    for (int first = 0; first < params.num_row_tiles; first += tiles_at_once) {
+        const int tiles = std::min(tiles_at_once, params.num_row_tiles - first);
+        launched.first_row_tile = first;
+        launched.arrivals_slot = launches++ % kArrivalsSlots;
+        if (params.dtype == DType::kBFloat16) {
+            launch<__nv_bfloat16>(launched, maps, tiles, stream);
+        } else {
+            launch<__half>(launched, maps, tiles, stream);
+        }
     }
 }
 

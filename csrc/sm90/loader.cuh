@@ -1,4 +1,4 @@
-// The producer warpgroup: one warp streams pages of the cache, three warps fetch the rows of q.
+// The producer: one thread keeps the copy engine fetching queries and pages, ahead of the consumers.
 #pragma once
 
 #include "ptx.cuh"
@@ -7,74 +7,85 @@
 
 namespace mla {
 
-constexpr int kQueryLoaders = 96;  // threads
+class Loader {
+  public:
+    __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, SharedStorage& shared)
+        : params_(params), maps_(maps), shared_(shared) {}
 
-// Pages in the order of the work, each as nine boxes, as soon as the consumers give their places back. The
-// rope tile goes first: it is free first, and the scores begin with it.
-__device__ inline void load_pages(const DecodeParams& params, const CUtensorMap& k_map, SharedStorage& shared,
-                                  int part, int kv_head) {
-    const int lane = threadIdx.x % 32;
-    RingPosition<kStages> stage;
-    for_each_split(params, part, [&](const Split& split) {
-        const int* table = params.block_table + split.seq * params.block_table_stride;
-        int pages_ahead = 0;  // lane i: entry i of the 32 that were read together
+    // A split's query and its pages, each page as soon as the consumers give its place back. The query comes
+    // with the first page: tile by tile, under the same barriers.
+    __device__ void load(const RowTile& tile, const Split& split) {
+        const int* table = params_.block_table + split.seq * params_.block_table_stride;
+        // Asked for before the length is known: entries past the last page are read, but not used.
+        int page_index = split.page_begin < params_.max_pages ? table[split.page_begin] : 0;
+        const QueryPlace query(params_, split.seq);
         for (int page = split.page_begin; page < split.page_end; ++page) {
-            const int ahead = (page - split.page_begin) % 32;
-            if (ahead == 0) pages_ahead = page + lane < split.page_end ? table[page + lane] : 0;
-            const int page_index = __shfl_sync(~0u, pages_ahead, ahead);
-
-            auto load_tiles = [&](TileGroup group, int first, int last) {
-                ptx::barrier_wait(&shared.k_empty[stage.slot][group], stage.parity ^ 1);
-                if (lane != 0) return;
-                for (int tile = first; tile <= last; ++tile) {
-                    uint64_t* full = &shared.k_full[stage.slot][tile];
-                    ptx::barrier_arrive_expect(full, kTileBytes);
-                    ptx::load_tensor_4d(shared.k[stage.slot][tile], k_map, full, tile * kTileColumns, 0,
-                                        kv_head, page_index);
-                }
-            };
-            load_tiles(kRope, kRopeTile, kRopeTile);
-            load_tiles(kLeftV, 0, kTilesHalfV - 1);
-            load_tiles(kRightV, kTilesHalfV, kTilesV - 1);
-            stage.next();
-        }
-    });
-}
-
-// The 64 rows of q, each split, in the swizzle that wgmma reads. Ordinary loads, not the copy engine: rows
-// may cross from one query token to the next, q_nope and q_pe are apart, and their strides are the caller's.
-template <typename T>
-__device__ inline void load_queries(const DecodeParams& params, SharedStorage& shared, int part,
-                                    const RowTile& tile) {
-    constexpr int kChunks = 8;  // of 16 bytes in a tile's row
-    constexpr int kElements = 16 / sizeof(T);
-    const int thread = threadIdx.x - (kThreads - kQueryLoaders);
-    const int chunk = thread % kChunks;
-    RingPosition<1> round;
-    for_each_split(params, part, [&](const Split& split) {
-        if (split.is_empty()) return;
-        ptx::barrier_wait(&shared.q_empty, round.parity ^ 1);
-        for (int r = thread / kChunks; r < kTileRows; r += kQueryLoaders / kChunks) {
-            const Row row = tile.row(params, r);
-            const T* nope = static_cast<const T*>(params.q_nope);
-            const T* rope = static_cast<const T*>(params.q_pe);
-            if (row.valid) {
-                nope += split.seq * params.q_nope_stride[0] + row.token * params.q_nope_stride[1] +
-                        row.head * params.q_nope_stride[2];
-                rope += split.seq * params.q_pe_stride[0] + row.token * params.q_pe_stride[1] +
-                        row.head * params.q_pe_stride[2];
+            const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
+            const bool with_query = page == split.page_begin;
+            if (with_query) expect_query();
+            // The block's first query goes along with the page. Later ones follow it: the page need not wait
+            // until the query before was used.
+            const bool along = with_query && is_first_;
+            load_tiles<kRopeTile, kRopeTile>(kRope, tile, page_index, along, query);
+            load_tiles<0, kTilesHalfV - 1>(kLeftV, tile, page_index, along, query);
+            load_tiles<kTilesHalfV, kTilesV - 1>(kRightV, tile, page_index, along, query);
+            if (with_query && !is_first_) {
+                ptx::barrier_wait(&shared_.q_empty, q_round_.parity);
+                q_round_.next();
+#pragma unroll 1
+                for (int i = 0; i < kTiles; ++i) load_query_tile(i == 0 ? kRopeTile : i - 1, tile, query);
             }
-            const uint32_t smem = ptx::smem_address(shared.q) + r * 128 + (chunk ^ r % 8) * 16;
-            for (int t = 0; t < kTilesV; ++t)
-                ptx::load_16_bytes(smem + t * kTileBytes, nope + t * kTileColumns + chunk * kElements,
-                                   row.valid);
-            ptx::load_16_bytes(smem + kRopeTile * kTileBytes, rope + chunk * kElements, row.valid);
+            is_first_ = false;
+            page_index = next_index;
+            stage_.next();
         }
-        ptx::wait_16_byte_loads();
-        ptx::fence_async_proxy();
-        ptx::barrier_arrive(&shared.q_full);
-        round.next();
-    });
-}
+    }
+
+  private:
+    template <int kFirst, int kLast>
+    __device__ void load_tiles(TileGroup group, const RowTile& tile, int page_index, bool with_query,
+                               const QueryPlace& query) {
+        wait_until_empty(group);
+#pragma unroll
+        for (int t = kFirst; t <= kLast; ++t) {
+            if (with_query) load_query_tile(t, tile, query);
+            ptx::barrier_arrive_expect(full(t), kTileBytes);
+        }
+#pragma unroll 1
+        for (int token = 0; token < kPageSize; token += params_.box_tokens) {
+#pragma unroll
+            for (int t = kFirst; t <= kLast; ++t)
+                ptx::load_tensor_4d(shared_.k[stage_.slot][t] + token * kRowBytes, maps_.k, full(t),
+                                    t * kTileColumns, token, tile.kv_head, page_index);
+        }
+    }
+
+    __device__ uint64_t* full(int t) { return &shared_.k_full[stage_.slot][t]; }
+
+    __device__ void wait_until_empty(TileGroup group) {
+        ptx::barrier_wait(&shared_.k_empty[stage_.slot][group], stage_.parity ^ 1);
+    }
+
+    // Has the page's barriers wait for the query's tiles, too.
+    __device__ void expect_query() {
+        for (int group = 0; group < kTileGroups; ++group) wait_until_empty(static_cast<TileGroup>(group));
+        const int bytes = params_.heads_per_tile * params_.tokens_per_tile * kRowBytes;
+#pragma unroll 1
+        for (int t = 0; t < kTiles; ++t) ptx::barrier_expect(full(t), bytes);
+    }
+
+    __device__ void load_query_tile(int t, const RowTile& tile, const QueryPlace& query) {
+        ptx::load_tensor_4d(shared_.q[t], t == kRopeTile ? maps_.q_pe : maps_.q_nope, full(t),
+                            t == kRopeTile ? 0 : t * kTileColumns, tile.first_head,
+                            query.token + tile.first_token, query.batch);
+    }
+
+    const DecodeParams& params_;
+    const DecodeMaps& maps_;
+    SharedStorage& shared_;
+    RingPosition<kStages> stage_;
+    RingPosition<1> q_round_;  // of q_empty
+    bool is_first_ = true;
+};
 
 }  // namespace mla

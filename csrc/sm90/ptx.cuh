@@ -33,6 +33,13 @@ __device__ inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) 
                  : "memory");
 }
 
+// Adds to the bytes that the barrier's phase waits for.
+__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -45,13 +52,30 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
         : "memory");
 }
 
-// ---- named barriers: `threads` is the number that arrive and wait together; id 0 is __syncthreads' ----
+// ---- signals between blocks ----
 
-__device__ inline void named_barrier_wait(int id, int threads) {
-    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Adds to a counter in global memory; what this thread saw written before is visible to whoever waits for it.
+__device__ inline uint32_t signal_add(uint32_t* counter, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(counter), "r"(value)
+                 : "memory");
+    return old;
+}
+
+__device__ inline uint32_t signal_read(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
 }
 
 // ---- copies ----
+
+// Fetches the map itself, which the first copy would otherwise wait for.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 
 // One box of a 4-D tensor into shared memory; completion is counted in bytes on `barrier`.
 __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64_t* barrier, int c0, int c1,
@@ -64,38 +88,17 @@ __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64
         : "memory");
 }
 
-// 16 bytes, or 16 zeros where `valid` is false (nothing is read then).
-__device__ inline void load_16_bytes(uint32_t smem, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-__device__ inline void wait_16_byte_loads() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-// `bytes` (a multiple of 16) from shared to global memory by the copy engine.
-__device__ inline void store_bulk(void* global, const void* smem, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-                 "r"(smem_address(smem)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ inline void commit_bulk_stores() {
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until shared memory may be written again; the stores themselves may still be under way.
-__device__ inline void wait_bulk_stores_read() {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma or the copy engine.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- registers ----
+
+// The same value in all lanes, which the compiler then keeps in a uniform register, where descriptors go.
+__device__ inline int uniform(int value) {
+    return __shfl_sync(~0u, value, 0);
+}
 
 template <int kRegisters>
 __device__ inline void take_registers() {
@@ -110,6 +113,12 @@ __device__ inline void give_registers() {
 __device__ inline float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -83,13 +83,13 @@ class OnlineSoftmax {
     // A row that saw no key: factor 0, log-sum-exp `empty`.
     __device__ float2 normalizer() const { return make_float2(inverse(sum_[0]), inverse(sum_[1])); }
     __device__ float log_sum_exp(int h, float empty) const {
-        return sum_[h] == 0.f ? empty : max_[h] * kLn2 + logf(sum_[h]);
+        return sum_[h] == 0.f ? empty : max_[h] * kLn2 + __logf(sum_[h]);
     }
 
   private:
     static constexpr float kSlack = 8.f;
 
-    __device__ static float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+    __device__ static float inverse(float sum) { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
 
     float scale_log2_;
     float max_[2] = {-INFINITY, -INFINITY};  // stored maximum, in units of log2

@@ -5,6 +5,7 @@
 // the latent part, which is also V, tile 8 is the rope part.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../params.h"
@@ -12,7 +13,8 @@
 namespace mla {
 
 constexpr int kTileColumns = 64;
-constexpr int kTileBytes = 64 * kTileColumns * 2;
+constexpr int kRowBytes = kTileColumns * 2;
+constexpr int kTileBytes = 64 * kRowBytes;
 constexpr int kSwizzleAtomBytes = 1024;            // 8 rows: what tiles are aligned to
 constexpr int kTiles = kHeadDim / kTileColumns;    // 9
 constexpr int kTilesV = kHeadDimV / kTileColumns;  // 8
@@ -22,13 +24,22 @@ constexpr int kRopeTile = kTilesV;
 constexpr int kStages = 2;  // pages in shared memory: 144 KB beside Q's 72 KB
 
 constexpr int kWarpgroup = 128;
-constexpr int kThreads = 3 * kWarpgroup;  // two consumers, then the producer
+enum Consumer { kLeft = 0, kRight = 1 };
+constexpr int kConsumers = 2;                            // warpgroups
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 
 // The page's tiles in the groups that are given back together: each V half by the warpgroup that multiplies
 // it, the rope tile once the weights that took its place are read.
 enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 
-enum NamedBarrier { kLeftWarpgroup = 1, kRightWarpgroup };  // id 0 is __syncthreads'
+// Some splits of a row merged, in a lane's columns: the sum of weight * value, relative to the weight
+// exp(max).
+template <int kVectors>
+struct MergeState {
+    float4 sum[kVectors] = {};
+    float max = -INFINITY;
+    float weight = 0.f;
+};
 
 struct SharedStorage {
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
@@ -37,11 +48,19 @@ struct SharedStorage {
     // output before the page is added, and after the last.
     float2 scale[kStages][kWarpgroup];
     float2 normalizer[kStages][kWarpgroup];
-    uint64_t q_full, q_empty;
+    uint32_t tickets[kConsumers][2];  // merge.cuh: of the part's first sequence and of its last
+    PartPlan plan;
+    uint64_t q_empty;
     uint64_t k_full[kStages][kTiles];
     uint64_t k_empty[kStages][kTileGroups];
     uint64_t weights_full[kStages];
     uint64_t normalizer_full[kStages];
+
+    // Where a consumer's warps put merged splits together, all but the first one's: in the query's place,
+    // which is not needed any more.
+    __device__ MergeState<1>* merge_scratch(int consumer) {
+        return reinterpret_cast<MergeState<1>*>(q) + consumer * (kWarpgroup - 32);
+    }
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024, "exceeds the shared memory of a thread block");
 

@@ -29,17 +29,15 @@ __device__ inline void pin(float (&accumulator)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
 }
 
-// Shared-memory matrix descriptor for 128-byte swizzled tiles of 64 16-bit columns (8 rows to a 1,024-byte
-// atom). leading_bytes: from one 64-column tile to the next, where the product runs along columns (V); else
-// unused.
-__device__ inline uint64_t descriptor(const void* smem, uint32_t leading_bytes) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62;
-    return kSwizzle128 | static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 |
-           static_cast<uint64_t>(leading_bytes >> 4) << 16 | (ptx::smem_address(smem) & 0x3FFFF) >> 4;
+// Low word of a shared-memory matrix descriptor: where a 128-byte swizzled tile of 64 16-bit columns begins,
+// in units of 16 bytes. leading_bytes: from one 64-column tile to the next, where the product runs along
+// columns (V); else unused. The high word is the same for all: swizzle, and 1,024 bytes from one atom of 8
+// rows to the next.
+__device__ inline uint32_t descriptor(const void* smem, uint32_t leading_bytes) {
+    return (leading_bytes >> 4) << 16 | (ptx::smem_address(smem) & 0x3FFFF) >> 4;
 }
 
-// Descriptors count in 16 bytes.
-__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+__device__ inline uint32_t advance(uint32_t descriptor, uint32_t bytes) {
     return descriptor + (bytes >> 4);
 }
 
@@ -65,24 +63,31 @@ struct Product;
   template <>                                                                                               \
   struct Product<T> {                                                                                       \
     /* d (64, 64) = a (64, 16) b^T (64, 16), both in shared memory; added to d if `accumulate` */           \
-    __device__ static void scores(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {                \
+    __device__ static void scores(float (&d)[32], uint32_t a, uint32_t b, bool accumulate) {                \
       asm volatile(                                                                                         \
           "{\n"                                                                                             \
           ".reg .pred accumulate;\n"                                                                        \
+          ".reg .b64 a, b;\n"                                                                               \
+          "mov.b64 a, {%32, 0x40000040};\n"                                                                 \
+          "mov.b64 b, {%33, 0x40000040};\n"                                                                 \
           "setp.ne.b32 accumulate, %34, 0;\n"                                                               \
           "wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX_TYPE "." PTX_TYPE                               \
-          " {" MLA_REGISTERS_0_31 "}, %32, %33, accumulate, 1, 1, 0, 0;\n"                                 \
+          " {" MLA_REGISTERS_0_31 "}, a, b, accumulate, 1, 1, 0, 0;\n"                                      \
           "}\n"                                                                                             \
           : MLA_ACC32(0)                                                                                    \
-          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
+          : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)));                                             \
     }                                                                                                       \
     /* d (64, 256) += a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */    \
-    __device__ static void output(float (&d)[128], const uint32_t* a, uint64_t b) {                         \
+    __device__ static void output(float (&d)[128], const uint32_t* a, uint32_t b) {                         \
       asm volatile(                                                                                         \
+          "{\n"                                                                                             \
+          ".reg .b64 b;\n"                                                                                  \
+          "mov.b64 b, {%132, 0x40000040};\n"                                                                \
           "wgmma.mma_async.sync.aligned.m64n256k16.f32." PTX_TYPE "." PTX_TYPE                              \
-          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n" \
+          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127 "}, {%128, %129, %130, %131}, b, 1, 1, 1, 1;\n" \
+          "}\n"                                                                                             \
           : MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)                                       \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                            \
     }                                                                                                       \
   };
 

@@ -1,20 +1,61 @@
-// Where a thread block finds its work: the splits of its part, and what its 64 rows are.
+// Where a thread block finds its work: its row tiles, and in each the splits of its part.
 #pragma once
 
 #include "../params.h"
+#include "ptx.cuh"
 
 namespace mla {
 
-// One part's piece of one sequence: pages [page_begin, page_end).
+// The block's 64 rows of one KV head: `tokens_per_tile` query tokens with `heads_per_tile` heads each, in
+// this order. What lies past the head group or the query is padding, at the end.
+struct RowTile {
+    int first_token;
+    int first_head;  // of all heads
+    int heads_left;  // of the KV head's group, from first_head
+    int kv_head;
+    int first_partial_row;  // among the rows of a partial
+
+    __device__ RowTile(const DecodeParams& params, int tile) {
+        const int group = params.heads_per_group;
+        const int tile_of_head = divide(tile, params.inverse_kv_heads);
+        const int token_tile = divide(tile_of_head, params.inverse_tiles_per_token);
+        kv_head = tile - tile_of_head * params.num_kv_heads;
+        const int head = (tile_of_head - token_tile * params.tiles_per_token) * params.heads_per_tile;
+        first_token = token_tile * params.tokens_per_tile;
+        first_head = kv_head * group + head;
+        heads_left = group - head;
+        first_partial_row = tile * kTileRows;
+    }
+
+  private:
+    __device__ static int divide(int value, uint64_t inverse) {
+        return static_cast<int>(value * inverse >> 32);
+    }
+};
+
+// Where a sequence's query tokens lie: in this entry of the batch, from this token on.
+struct QueryPlace {
+    int batch;
+    int token;
+    __device__ QueryPlace(const DecodeParams& params, int seq)
+        : batch(params.cu_seqlens_q ? 0 : seq),
+          token(params.cu_seqlens_q ? max(0, min(params.cu_seqlens_q[seq], params.num_tokens)) : 0) {}
+};
+
+// One part's piece of one sequence: pages [page_begin, page_end), and how many query tokens it has.
 struct Split {
     int seq;
     int seq_len;
     int page_begin;
     int page_end;
-    int partial_slot;  // index into out_partial, or -1 where the split is the whole sequence
+    int query_len;
 
-    __device__ bool is_partial() const { return partial_slot >= 0; }
-    __device__ bool is_empty() const { return page_begin == page_end; }
+    __device__ bool is_empty() const { return page_begin >= page_end; }
+    // Rows of the tile that hold a query: the first ones.
+    __device__ int valid_rows(const DecodeParams& params, const RowTile& tile) const {
+        return min(params.heads_per_tile, tile.heads_left) *
+               min(params.tokens_per_tile, query_len - tile.first_token);
+    }
 };
 
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
@@ -22,58 +63,61 @@ struct Split {
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
 // wrong rows, but leads to no memory that is not the call's.
 template <typename Work>
-__device__ inline void for_each_split(const DecodeParams& params, int part, Work&& work) {
-    const PartPlan plan = params.parts[part];
-    const int first_seq = max(plan.first_seq, 0), last_seq = min(plan.last_seq, params.batch - 1);
-    for (int seq = first_seq; seq <= last_seq; ++seq) {
+__device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
+                                      Work&& work) {
+    // uniform() tells the compiler that a warp's lanes stay together, all along the pages.
+    const int last_seq = ptx::uniform(min(plan.last_seq, params.batch - 1));
+    for (int seq = ptx::uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) {
         const int seq_len = params.seq_lens[seq];
         const int pages = min(pages_of(seq_len), params.max_pages);
-        const int first_slot = params.num_splits[seq];
-        const bool is_split = params.num_splits[seq + 1] - first_slot > 1;
-        const int slot = first_slot + (seq == first_seq ? plan.first_split : 0);
         Split split;
         split.seq = seq;
         split.seq_len = min(seq_len, pages * kPageSize);
-        split.page_end = seq == last_seq ? max(0, min(pages, plan.last_page_end)) : pages;
-        split.page_begin = seq == first_seq ? max(0, min(split.page_end, plan.first_page)) : 0;
-        split.partial_slot = is_split ? max(0, min(slot, params.batch + params.num_parts - 1)) : -1;
-        work(split);
+        split.page_begin = ptx::uniform(seq == plan.first_seq ? max(0, plan.first_page) : 0);
+        split.page_end = ptx::uniform(seq == plan.last_seq ? min(pages, plan.last_page_end) : pages);
+        split.query_len = params.query_len;
+        if (params.cu_seqlens_q) {
+            const int first_token = QueryPlace(params, seq).token;
+            const int end = min(params.cu_seqlens_q[seq + 1], params.num_tokens);
+            split.query_len = min(end - first_token, params.query_len);
+        }
+        if (tile.first_token < split.query_len) work(split);
     }
 }
+
+// What a split is of its sequence. If that has several, their results are partials, side by side in slots.
+struct SplitPlace {
+    int index;
+    int num_splits;
+    int first_slot;  // of split 0
+
+    __device__ SplitPlace(const DecodeParams& params, const PartPlan& plan, const Split& split) {
+        const bool is_first = split.seq == plan.first_seq;
+        index = is_first ? plan.first_split : 0;
+        num_splits = is_first ? plan.first_splits : split.seq == plan.last_seq ? plan.last_splits : 1;
+        first_slot = plan.first_slot + (!is_first && plan.first_splits > 1 ? 1 : 0) - index;
+        first_slot = max(0, min(first_slot, params.num_slots - num_splits));
+    }
+    __device__ bool is_partial() const { return num_splits > 1; }
+};
 
 // A query row: one head of one query token.
 struct Row {
     int token;
     int head;
-    bool valid;  // the last tile is padded to 64 rows
+    bool valid;
 };
 
-// The block's 64 rows of one KV head. Its rows are ordered by query token, then by head of the group.
-struct RowTile {
-    int first_row;
-    int kv_head;
-    int group;  // query heads per KV head
-
-    __device__ RowTile(const DecodeParams& params, int block)
-        : first_row(block / params.num_kv_heads * kTileRows),
-          kv_head(block % params.num_kv_heads),
-          group(params.num_heads / params.num_kv_heads) {}
-
-    __device__ Row row(const DecodeParams& params, int row_of_tile) const {
-        const int row = first_row + row_of_tile;
-        const int token = row / group;
-        return {token, kv_head * group + row - token * group, token < params.query_len};
-    }
-};
-
-// How many of the sequence's keys the row may see; 0 or less means none.
-__device__ inline int visible_keys(const DecodeParams& params, int seq_len, int token) {
-    return params.causal ? seq_len - params.query_len + token + 1 : seq_len;
+__device__ inline Row row_of(const DecodeParams& params, const RowTile& tile, const Split& split,
+                             int row_of_tile) {
+    const int token = row_of_tile * params.inverse_heads >> 16;
+    return {tile.first_token + token, tile.first_head + row_of_tile - token * params.heads_per_tile,
+            row_of_tile < split.valid_rows(params, tile)};
 }
 
-// Keys that every query token sees: below it no mask is needed.
-__device__ inline int keys_visible_to_all(const DecodeParams& params, int seq_len) {
-    return visible_keys(params, seq_len, 0);
+// How many of the sequence's keys the query token may see; 0 or less means none.
+__device__ inline int visible_keys(const DecodeParams& params, const Split& split, int token) {
+    return params.causal ? split.seq_len - split.query_len + token + 1 : split.seq_len;
 }
 
 }  // namespace mla

@@ -11,9 +11,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from ..flash_mla import flash_mla_decode
+from ..flash_mla import flash_mla_decode, flash_mla_decode_varlen
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import PAGE_SIZE
+from . import refusals
 from .compat import vllm_flashmla_backend
 from .metadata import FlashMLAMetadata
 
@@ -37,9 +38,7 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
         return super().__new__(cls)
 
     def __init__(self, **kwargs: Any) -> None:
-        for name in ("alibi_slopes", "sliding_window", "logits_soft_cap"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} must be None under FLASHMLA, got {kwargs[name]}")
+        refusals.check_layer(kwargs)
         super().__init__(**kwargs)
         device = torch.device(current_platform.device_type)
         kernels = provider_for(device).name
@@ -59,28 +58,45 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
         q : q_nope (tokens, h_q, 512) and q_pe (tokens, h_q, 64), taken in place with their
             strides; or one tensor (tokens, h_q, 576), as decode context parallelism gathers it.
         kv_c_and_k_pe_cache : (pages, 64, 576).
-        attn_metadata : the step's metadata; tokens is num_decodes times the query length.
+        attn_metadata : the step's metadata; tokens are those of its decodes, padding included.
 
         Returns
         -------
         out : (tokens, h_q, 512), in q's dtype.
         lse : (tokens, h_q) float32, natural logarithm.
         """
-        decode, batch = attn_metadata.decode, attn_metadata.num_decodes
         if not isinstance(q, tuple):
             q = q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         q_nope, q_pe = q
+        decode = attn_metadata.decode
+        of_layer = (kv_c_and_k_pe_cache.unsqueeze(2), decode.block_table, decode.seq_lens)
+        plan = (decode.tile_scheduler_metadata, decode.num_splits)
         out = q_nope.new_empty(q_nope.shape)  # (tokens, h_q, 512)
-        _, lse = flash_mla_decode(
-            q_nope.unflatten(0, (batch, -1)),  # (b, s_q, h_q, 512)
-            q_pe.unflatten(0, (batch, -1)),  # (b, s_q, h_q, 64)
-            kv_c_and_k_pe_cache.unsqueeze(2),  # (pages, 64, 1, 576)
-            decode.block_table,
-            decode.seq_lens,
-            decode.tile_scheduler_metadata,
-            decode.num_splits,
+        if decode.cu_seqlens_q is None:
+            shape = (attn_metadata.num_decodes, decode.query_len)
+            _, lse = flash_mla_decode(
+                q_nope.unflatten(0, shape),  # (b, s_q, h_q, 512)
+                q_pe.unflatten(0, shape),  # (b, s_q, h_q, 64)
+                *of_layer,
+                *plan,
+                softmax_scale=self.scale,
+                causal=True,
+                out=out.unflatten(0, shape),  # (b, s_q, h_q, 512)
+            )
+            return out, lse.transpose(1, 2).flatten(0, 1)  # (b, h_q, s_q) -> (tokens, h_q)
+        used = decode.num_query_tokens
+        out[used:].zero_()  # nothing where there is no padding
+        lse = q_nope.new_full((q_nope.shape[1], q_nope.shape[0]), torch.inf, dtype=torch.float32)
+        flash_mla_decode_varlen(
+            q_nope[:used],
+            q_pe[:used],
+            *of_layer,
+            decode.cu_seqlens_q,
+            decode.query_len,
+            *plan,
             softmax_scale=self.scale,
             causal=True,
-            out=out.unflatten(0, (batch, -1)),  # (b, s_q, h_q, 512)
+            out=out[:used],
+            lse=lse[:, :used],  # (h_q, tokens)
         )
-        return out, lse.transpose(1, 2).flatten(0, 1)  # (b, h_q, s_q) -> (tokens, h_q)
+        return out, lse.T

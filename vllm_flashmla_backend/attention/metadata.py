@@ -27,6 +27,9 @@ class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
 
     tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
     num_splits: torch.Tensor  # (num_decodes + 1,) int32
+    query_len: int  # of every sequence, or the largest
+    cu_seqlens_q: torch.Tensor | None  # (num_decodes + 1,) int32 where query lengths differ
+    num_query_tokens: int  # before any padding
 
 
 @dataclass
@@ -44,7 +47,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     reorder_batch_threshold: int = 1
 
     def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any):
@@ -73,12 +76,22 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
     def _build_decode(self, **kwargs: Any) -> FlashMLADecodeMetadata:
         decode = super()._build_decode(**kwargs)
         batch = decode.seq_lens.shape[0]
-        # the decode slice is uniform, padding of a captured graph included
-        query_len = kwargs["num_decode_tokens"] // batch
-        parts = num_parts(self.device, query_len * self.num_query_heads, 1)
+        query_begin = kwargs["query_start_loc_cpu"]  # (num_decodes + 1,), on the host
+        query_lens = query_begin.diff()
+        max_query_len = int(query_lens.max())
+        # Padded rows of a captured graph have no query token here, but room for them in q.
+        is_uniform = kwargs["num_decode_tokens"] == batch * max_query_len and bool(
+            ((query_lens == max_query_len) | (query_lens == 0)).all()
+        )
+        parts = num_parts(self.device, max_query_len * self.num_query_heads, 1)
         tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
         num_splits = self.num_splits[: batch + 1]
         plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits)
         return FlashMLADecodeMetadata(
-            **vars(decode), tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits
+            **vars(decode),
+            tile_scheduler_metadata=tile_scheduler_metadata,
+            num_splits=num_splits,
+            query_len=max_query_len,
+            cu_seqlens_q=None if is_uniform else kwargs["query_start_loc_device"],
+            num_query_tokens=kwargs["num_decode_tokens"] if is_uniform else int(query_begin[-1]),
         )

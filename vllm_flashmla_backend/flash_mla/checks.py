@@ -8,12 +8,13 @@ CPU, where looking costs nothing.
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from collections import Counter
+from itertools import accumulate, pairwise
 from typing import NoReturn
 
 import torch
 
-from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, ceil_div, splits_of
+from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, ceil_div, partial_slots, splits_of
 
 HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64
@@ -41,7 +42,7 @@ def check_like(
 ) -> None:
     check_rank(name, tensor, len(shape))
     if tensor.shape != shape:
-        fail(name, f"shape {tuple(tensor.shape)}", f"{shape}")
+        fail(name, f"shape {tuple(tensor.shape)}", tuple(shape))
     if tensor.dtype != dtype:
         fail(name, tensor.dtype, dtype)
     if tensor.device != device:
@@ -87,11 +88,12 @@ def check_strides(name: str, tensor: torch.Tensor) -> None:
             fail(name, f"strides {tensor.stride()}", "multiples of 8 elements: data moves 16 bytes at a time")
 
 
-def check_query(name: str, q: torch.Tensor, head_dim: int) -> None:
-    """(b, s_q, h_q, head_dim), of a type that the device's kernels take, with fit strides."""
-    check_rank(name, q, 4)
-    if q.shape[3] != head_dim or 0 in q.shape:
-        fail(name, f"shape {tuple(q.shape)}", f"(b, s_q, h_q, {head_dim}), none of them 0")
+def check_query(name: str, q: torch.Tensor, dimensions: str, head_dim: int) -> None:
+    """Of these dimensions and the last, of a type that the device's kernels take, with fit strides."""
+    check_rank(name, q, len(dimensions.split()) + 1)
+    if q.shape[-1] != head_dim or 0 in q.shape:
+        expected = ", ".join([*dimensions.split(), str(head_dim)])
+        fail(name, f"shape {tuple(q.shape)}", f"({expected}), none of them 0")
     check_device(name, q)
     dtypes = DTYPES[q.device.type]
     if q.dtype not in dtypes:
@@ -99,11 +101,35 @@ def check_query(name: str, q: torch.Tensor, head_dim: int) -> None:
     check_strides(name, q)
 
 
-def check_cache(
-    q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor
+def check_query_lengths(
+    cu_seqlens_q: torch.Tensor, max_query_len: int, cache_seqlens: torch.Tensor, q_nope: torch.Tensor
 ) -> None:
-    """The paged cache and its table against a q that is right."""
-    b, _, h_q, _ = q.shape
+    """Where each sequence's query tokens begin; their values only on a CPU."""
+    check_lengths(cache_seqlens)
+    if not isinstance(max_query_len, int) or max_query_len < 1:
+        fail("max_query_len", repr(max_query_len), "an int of at least 1")
+    check_rank("cu_seqlens_q", cu_seqlens_q, 1)
+    check_like("cu_seqlens_q", cu_seqlens_q, (cache_seqlens.shape[0] + 1,), torch.int32, q_nope.device)
+    check_contiguous("cu_seqlens_q", cu_seqlens_q)
+    if q_nope.device.type != "cpu":
+        return
+    begins = cu_seqlens_q.tolist()
+    lengths = [end - begin for begin, end in pairwise(begins)]
+    if begins[0] != 0 or begins[-1] != q_nope.shape[0] or min(lengths) < 0:
+        fail("cu_seqlens_q", begins, f"numbers that rise from 0 to q's {q_nope.shape[0]} tokens")
+    if max(lengths) > max_query_len:
+        fail("max_query_len", max_query_len, f"at least {max(lengths)}, which cu_seqlens_q has")
+
+
+def check_cache(
+    b: int,
+    q: torch.Tensor,  # (b, s_q, h_q, d), or ragged (1, tokens, h_q, d)
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> None:
+    """The paged cache and its table, of b sequences, against a q that is right."""
+    h_q = q.shape[2]
     check_rank("k_cache", k_cache, 4)
     num_pages, page_size, h_kv, head_dim = k_cache.shape
     if page_size != PAGE_SIZE or head_dim != HEAD_DIM or h_kv == 0:
@@ -187,15 +213,23 @@ def check_not_negative(lengths: list[int]) -> None:
 def _plan_covers(
     pages: list[int], lengths: list[int], metadata: torch.Tensor, num_splits: torch.Tensor
 ) -> bool:
-    """Whether the plan's splits take every page of every sequence once, in order."""
-    batch = len(pages)
+    """Whether the plan's splits take every page of every sequence once, in order, each where it belongs."""
+    batch, slots = len(pages), partial_slots(len(pages), metadata.shape[0])
     if metadata[:, Field.FIRST_SEQ].min() < 0 or metadata[:, Field.LAST_SEQ].max() >= batch:
         return False
-    next_page, count = [0] * batch, [0] * batch
-    for split in splits_of(metadata, lengths):
+    splits = splits_of(metadata, lengths)
+    count = Counter(split.seq for split in splits)
+    next_page, done, next_slot = [0] * batch, [0] * batch, 0
+    for split in splits:
         begins_where_the_last_ended = split.page_begin == next_page[split.seq] <= split.page_end
-        if not begins_where_the_last_ended or split.split != count[split.seq]:
+        counted = split.split == done[split.seq] and split.splits == count[split.seq]
+        if not begins_where_the_last_ended or not counted:
             return False
+        if split.splits > 1:  # slots rise, along a sequence one by one: none is taken twice
+            least = next_slot if split.split else max(next_slot, split.slot)
+            if split.slot != least or split.slot >= slots:
+                return False
+            next_slot = split.slot + 1
         next_page[split.seq] = split.page_end
-        count[split.seq] += 1
-    return next_page == pages and 0 not in count and [0, *accumulate(count)] == num_splits.tolist()
+        done[split.seq] += 1
+    return next_page == pages and 0 not in done and [0, *accumulate(done)] == num_splits.tolist()

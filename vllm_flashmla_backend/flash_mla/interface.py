@@ -24,6 +24,7 @@ from .checks import (
     check_not_negative,
     check_plan_buffers,
     check_query,
+    check_query_lengths,
     check_rank,
     check_softmax_scale,
     check_strides,
@@ -171,7 +172,7 @@ def flash_mla_with_kvcache(
     ValueError
         An argument does not fit, or the chosen kernels cannot run on this device.
     """
-    check_query("q", q, HEAD_DIM)
+    check_query("q", q, "b s_q h_q", HEAD_DIM)
     if head_dim_v != HEAD_DIM_V:
         fail("head_dim_v", repr(head_dim_v), HEAD_DIM_V)
     return flash_mla_decode(
@@ -211,33 +212,129 @@ def flash_mla_decode(
 
     The other parameters, the results and the errors are those of `flash_mla_with_kvcache`.
     """
-    check_query("q_nope", q_nope, HEAD_DIM_V)
-    check_query("q_pe", q_pe, HEAD_DIM_ROPE)
-    (b, s_q, h_q, _), dtype, device = q_nope.shape, q_nope.dtype, q_nope.device
-    check_like("q_pe", q_pe, (b, s_q, h_q, HEAD_DIM_ROPE), dtype, device)
-    check_cache(q_nope, k_cache, block_table, cache_seqlens)
+    check_query("q_nope", q_nope, "b s_q h_q", HEAD_DIM_V)
+    check_query("q_pe", q_pe, "b s_q h_q", HEAD_DIM_ROPE)
+    b, s_q, h_q, _ = q_nope.shape
+    check_like("q_pe", q_pe, (b, s_q, h_q, HEAD_DIM_ROPE), q_nope.dtype, q_nope.device)
+    out, lse = _results(q_nope, (b, h_q, s_q), out, lse)
+    _decode(
+        q_nope,
+        q_pe,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        None,
+        s_q,
+        tile_scheduler_metadata,
+        num_splits,
+        out,
+        lse,
+        softmax_scale,
+        causal,
+    )
+    return out, lse
+
+
+def flash_mla_decode_varlen(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    tile_scheduler_metadata: torch.Tensor | MLAPlan,
+    num_splits: torch.Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_mla_decode` for sequences with different numbers of query tokens, 0 among them.
+
+    Parameters
+    ----------
+    q_nope : (tokens, h_q, 512), the sequences' query tokens one after another.
+    q_pe : (tokens, h_q, 64).
+    cu_seqlens_q : (b + 1,) int32; sequence i has the tokens from `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]`.
+    max_query_len : no sequence has more query tokens. The plan is made for
+        `max_query_len * h_q // h_kv` rows that share a KV head.
+    out : (tokens, h_q, 512) in q's dtype, written; allocated unless given.
+    lse : (h_q, tokens) float32, written; allocated unless given.
+
+    The other parameters, the results and the errors are those of `flash_mla_with_kvcache`; query token i
+    of a sequence's s_q sees keys up to `length - s_q + i`.
+    """
+    check_query("q_nope", q_nope, "tokens h_q", HEAD_DIM_V)
+    check_query("q_pe", q_pe, "tokens h_q", HEAD_DIM_ROPE)
+    tokens, h_q, _ = q_nope.shape
+    check_like("q_pe", q_pe, (tokens, h_q, HEAD_DIM_ROPE), q_nope.dtype, q_nope.device)
+    check_query_lengths(cu_seqlens_q, max_query_len, cache_seqlens, q_nope)
+    out, lse = _results(q_nope, (h_q, tokens), out, lse)
+    _decode(
+        q_nope.unsqueeze(0),
+        q_pe.unsqueeze(0),
+        k_cache,
+        block_table,
+        cache_seqlens,
+        cu_seqlens_q,
+        max_query_len,
+        tile_scheduler_metadata,
+        num_splits,
+        out.unsqueeze(0),
+        lse.unsqueeze(0),
+        softmax_scale,
+        causal,
+    )
+    return out, lse
+
+
+def _results(
+    q_nope: torch.Tensor, lse_shape: tuple[int, ...], out: torch.Tensor | None, lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The buffers to write to: checked if given, else allocated."""
+    if out is None:
+        out = q_nope.new_empty(q_nope.shape)
+    else:
+        check_like("out", out, q_nope.shape, q_nope.dtype, q_nope.device)
+        check_strides("out", out)
+    if lse is None:
+        lse = q_nope.new_empty(lse_shape, dtype=torch.float32)
+    else:
+        check_like("lse", lse, lse_shape, torch.float32, q_nope.device)
+        check_last_dimension("lse", lse)
+    return out, lse
+
+
+def _decode(
+    q_nope: torch.Tensor,  # (b, s_q, h_q, 512), or ragged (1, tokens, h_q, 512)
+    q_pe: torch.Tensor,  # (b, s_q, h_q, 64), likewise
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    max_query_len: int,
+    tile_scheduler_metadata: torch.Tensor | MLAPlan,
+    num_splits: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> None:
+    b = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    check_cache(b, q_nope, k_cache, block_table, cache_seqlens)
     check_softmax_scale(softmax_scale)
-    h_kv = k_cache.shape[2]
+    h_q, h_kv, device = q_nope.shape[2], k_cache.shape[2], q_nope.device
     if isinstance(tile_scheduler_metadata, MLAPlan):
         if num_splits is not None:
             fail("num_splits", "a value beside an MLAPlan", "None: the MLAPlan holds it")
-        tile_scheduler_metadata, num_splits = tile_scheduler_metadata.for_call(cache_seqlens, s_q, h_q, h_kv)
-    parts = num_parts(device, s_q * h_q // h_kv, h_kv)
+        tile_scheduler_metadata, num_splits = tile_scheduler_metadata.for_call(
+            cache_seqlens, max_query_len, h_q, h_kv
+        )
+    parts = num_parts(device, max_query_len * h_q // h_kv, h_kv)
     check_plan_buffers(tile_scheduler_metadata, num_splits, parts, b, device)
     if device.type == "cpu":
         check_values(k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-
-    if out is None:
-        out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=dtype, device=device)
-    else:
-        check_like("out", out, (b, s_q, h_q, HEAD_DIM_V), dtype, device)
-        check_strides("out", out)
-    if lse is None:
-        lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=device)
-    else:
-        check_like("lse", lse, (b, h_q, s_q), torch.float32, device)
-        check_last_dimension("lse", lse)
-
     provider_for(device).decode(
         DecodeArguments(
             q_nope,
@@ -245,6 +342,8 @@ def flash_mla_decode(
             k_cache,
             block_table,
             cache_seqlens,
+            cu_seqlens_q,
+            max_query_len,
             tile_scheduler_metadata,
             num_splits,
             out,
@@ -253,7 +352,6 @@ def flash_mla_decode(
             causal,
         )
     )
-    return out, lse
 
 
 @lru_cache

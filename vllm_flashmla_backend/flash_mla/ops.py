@@ -51,29 +51,31 @@ def plan(
 
 
 def decode(
-    q_nope: torch.Tensor,  # (b, s_q, h_q, 512)
-    q_pe: torch.Tensor,  # (b, s_q, h_q, 64)
+    q_nope: torch.Tensor,  # (b, s_q, h_q, 512), or ragged (1, tokens, h_q, 512)
+    q_pe: torch.Tensor,  # (b, s_q, h_q, 64), likewise
     k_cache: torch.Tensor,  # (num_pages, 64, h_kv, 576)
     block_table: torch.Tensor,  # (b, max_pages) int32
     cache_seqlens: torch.Tensor,  # (b) int32
+    cu_seqlens_q: torch.Tensor | None,  # (b + 1) int32 if ragged
+    max_query_len: int,  # s_q, or the largest of a ragged batch
     tile_scheduler_metadata: torch.Tensor,  # (num_parts, 8) int32
-    num_splits: torch.Tensor,  # (b + 1) int32
-    out: torch.Tensor,  # (b, s_q, h_q, 512), filled
-    lse: torch.Tensor,  # (b, h_q, s_q) float32, filled
-    out_partial: torch.Tensor,  # (b + num_parts, s_q * h_q, 512) float32, scratch
-    lse_partial: torch.Tensor,  # (b + num_parts, s_q * h_q) float32, scratch
+    out: torch.Tensor,  # (b, s_q, h_q, 512) or (1, tokens, h_q, 512), filled
+    lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, filled
+    out_partial: torch.Tensor,  # (schedule.partial_slots, schedule.partial_rows, 512) float32, scratch
+    lse_partial: torch.Tensor,  # (schedule.partial_slots, schedule.partial_rows) float32, scratch
     softmax_scale: float,
     causal: bool,
 ) -> None:
-    """Launch the decode kernel and the merge of its splits."""
+    """Launch the decode kernel, which merges the splits, too."""
     _library().decode(
         q_nope,
         q_pe,
         k_cache,
         block_table,
         cache_seqlens,
+        cu_seqlens_q,
+        max_query_len,
         tile_scheduler_metadata,
-        num_splits,
         out,
         lse,
         out_partial,

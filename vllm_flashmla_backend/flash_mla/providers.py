@@ -22,13 +22,19 @@ HOPPER = (9, 0)
 
 
 class DecodeArguments(NamedTuple):
-    """What a provider's `decode` gets: checked by `interface`, in the order of its arguments."""
+    """What a provider's `decode` gets, checked by `interface`.
+
+    A ragged batch has its query tokens one after another, in a single entry of the batch: then q_nope is
+    (1, tokens, h_q, 512), so are q_pe and out, and lse is (1, h_q, tokens).
+    """
 
     q_nope: torch.Tensor  # (b, s_q, h_q, 512)
     q_pe: torch.Tensor  # (b, s_q, h_q, 64)
     k_cache: torch.Tensor  # (pages, 64, h_kv, 576)
     block_table: torch.Tensor  # (b, max_pages) int32
     cache_seqlens: torch.Tensor  # (b,) int32
+    cu_seqlens_q: torch.Tensor | None  # (b + 1,) int32 if ragged: where each sequence's tokens begin
+    max_query_len: int  # s_q, or the largest of a ragged batch
     tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
     num_splits: torch.Tensor  # (b + 1,) int32
     out: torch.Tensor  # (b, s_q, h_q, 512), written
@@ -75,15 +81,29 @@ class NativeProvider:
             self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits)
 
     def decode(self, args: DecodeArguments) -> None:
-        b, s_q, h_q, head_dim_v = args.out.shape
-        # A plan has at most one split per sequence and one more for each part's cut. How many there
-        # are is known on the GPU alone, so there is room for all of them.
-        rows = (b + args.tile_scheduler_metadata.shape[0], s_q * h_q)
-        lse_partial = torch.empty(rows, dtype=torch.float32, device=args.out.device)
-        out_partial = torch.empty((*rows, head_dim_v), dtype=torch.float32, device=args.out.device)
-        *tensors, softmax_scale, causal = args
+        b, h_q, h_kv = args.cache_seqlens.shape[0], args.out.shape[2], args.k_cache.shape[2]
+        # How many splits there are is known on the GPU alone, so there is room for as many as can be.
+        slots = schedule.partial_slots(b, args.tile_scheduler_metadata.shape[0])
+        rows = schedule.partial_rows(args.max_query_len, h_q // h_kv, h_kv)
+        lse_partial = args.lse.new_empty(slots, rows)
+        out_partial = args.lse.new_empty(slots, rows, args.out.shape[3])
         with torch.cuda.device(self._device):
-            self._ops.decode(*tensors, out_partial, lse_partial, softmax_scale, causal)
+            self._ops.decode(
+                args.q_nope,
+                args.q_pe,
+                args.k_cache,
+                args.block_table,
+                args.cache_seqlens,
+                args.cu_seqlens_q,
+                args.max_query_len,
+                args.tile_scheduler_metadata,
+                args.out,
+                args.lse,
+                out_partial,
+                lse_partial,
+                args.softmax_scale,
+                args.causal,
+            )
 
 
 class ReferenceProvider:
@@ -102,7 +122,7 @@ class ReferenceProvider:
 
     def decode(self, args: DecodeArguments) -> None:
         _refuse_capture(args.cache_seqlens)
-        reference.decode(*args)
+        reference.decode(**args._asdict())
 
 
 class FlashMLAProvider:
@@ -124,6 +144,11 @@ class FlashMLAProvider:
         num_splits.zero_()
 
     def decode(self, args: DecodeArguments) -> None:
+        if args.cu_seqlens_q is not None:
+            raise ValueError(
+                f"{CHOICE_VARIABLE}: got 'flash_mla' for queries of different lengths, expected native or "
+                f"reference: FlashMLA takes one length for all"
+            )
         q = torch.cat([args.q_nope, args.q_pe], dim=-1)  # (b, s_q, h_q, 576)
         num_kv_heads = args.k_cache.shape[2]
         rows_per_kv_head = q.shape[1] * q.shape[2] // num_kv_heads

@@ -13,30 +13,39 @@ from .schedule import PAGE_SIZE, ceil_div, splits_of
 
 
 def decode(
-    q_nope: torch.Tensor,  # (b, s_q, h_q, 512)
-    q_pe: torch.Tensor,  # (b, s_q, h_q, 64)
+    *,
+    q_nope: torch.Tensor,  # (b, s_q, h_q, 512), or ragged (1, tokens, h_q, 512)
+    q_pe: torch.Tensor,  # (b, s_q, h_q, 64), likewise
     k_cache: torch.Tensor,  # (pages, 64, h_kv, 576)
     block_table: torch.Tensor,  # (b, max_pages) int32
     cache_seqlens: torch.Tensor,  # (b,) int32
+    cu_seqlens_q: torch.Tensor | None,  # (b + 1,) int32 if ragged
+    max_query_len: int,  # s_q, or the largest of a ragged batch; not needed here
     tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32
-    num_splits: torch.Tensor,  # (b + 1,) int32
-    out: torch.Tensor,  # (b, s_q, h_q, 512), written
-    lse: torch.Tensor,  # (b, h_q, s_q) float32, written
+    num_splits: torch.Tensor,  # (b + 1,) int32; the rows of the plan say as much
+    out: torch.Tensor,  # (b, s_q, h_q, 512) or (1, tokens, h_q, 512), written
+    lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, written
     softmax_scale: float,
     causal: bool,
 ) -> None:
-    """Decode by the plan in float32: one partial result for each split, then one merge.
+    """Decode by the plan in float32: a partial result for each split, merged when a sequence has all.
 
     The values of the lengths and of the plan are read on the host, so on a GPU this waits for it.
     """
-    s_q, num_kv_heads = q_nope.shape[1], k_cache.shape[2]
-    lengths, first_partial = cache_seqlens.tolist(), num_splits.tolist()
-    q = torch.cat([q_nope, q_pe], dim=-1).float() * softmax_scale
-    q = _rows_by_kv_head(q, num_kv_heads)  # (b, h_kv, s_q * group, 576)
-    lse_partial = q.new_empty(first_partial[-1], *q.shape[1:3])  # (splits, h_kv, s_q * group)
-    out_partial = q.new_empty(*lse_partial.shape, out.shape[-1])  # (splits, h_kv, s_q * group, 512)
+    lengths, num_kv_heads = cache_seqlens.tolist(), k_cache.shape[2]
+    query_begin = cu_seqlens_q.tolist() if cu_seqlens_q is not None else None
+    q = torch.cat([q_nope, q_pe], dim=-1).float() * softmax_scale  # (b, s_q, h_q, 576)
+    partials = {}  # slot: out (h_kv, s_q * group, 512) and lse (h_kv, s_q * group)
 
     for split in splits_of(tile_scheduler_metadata, lengths):
+        if query_begin is None:
+            entry, tokens = split.seq, slice(None)
+        else:
+            entry, tokens = 0, slice(query_begin[split.seq], query_begin[split.seq + 1])
+        q_rows = _rows_by_kv_head(q[entry, tokens], num_kv_heads)  # (h_kv, s_q * group, 576)
+        s_q = q[entry, tokens].shape[0]
+        if s_q == 0:
+            continue
         begin = split.page_begin * PAGE_SIZE
         end = min(split.page_end * PAGE_SIZE, lengths[split.seq])
         pages = block_table[split.seq, split.page_begin : split.page_end]
@@ -44,29 +53,26 @@ def decode(
         kv = k_cache.index_select(0, pages).flatten(0, 1)[: end - begin]  # (tokens, h_kv, 576)
         hidden = None
         if causal and s_q > 1:
-            hidden = _keys_after_query(begin, end, lengths[split.seq], s_q, q.shape[2], q.device)
-        partial = first_partial[split.seq] + split.split
-        out_partial[partial], lse_partial[partial] = _attend(q[split.seq], kv.transpose(0, 1).float(), hidden)
-
-    combine(out_partial, lse_partial, first_partial, out, lse)
+            hidden = _keys_after_query(begin, end, lengths[split.seq], s_q, q_rows.shape[1], q.device)
+        rows = _attend(q_rows, kv.transpose(0, 1).float(), hidden)
+        if split.splits > 1:
+            partials[split.slot] = rows
+            if split.split + 1 < split.splits:
+                continue
+            of_seq = [partials[split.slot - i] for i in reversed(range(split.splits))]
+            rows = combine(*(torch.stack(part) for part in zip(*of_seq, strict=True)))
+        out[entry, tokens] = _query_major(rows[0], s_q)
+        lse[entry, :, tokens] = _query_major(rows[1].masked_fill(rows[1] == -torch.inf, torch.inf), s_q).T
 
 
 def combine(
-    out_partial: torch.Tensor,  # (splits, h_kv, s_q * group, 512) float32
-    lse_partial: torch.Tensor,  # (splits, h_kv, s_q * group) float32, -inf where no key was seen
-    first_partial: list[int],  # b + 1 running totals: sequence i owns [first[i], first[i + 1])
-    out: torch.Tensor,  # (b, s_q, h_q, 512), written
-    lse: torch.Tensor,  # (b, h_q, s_q) float32, written
-) -> None:
-    """Merge the splits of each sequence, each weighted with its share of the sum of exponentials."""
-    s_q = out.shape[1]
-    for seq, (first, end) in enumerate(zip(first_partial[:-1], first_partial[1:], strict=True)):
-        total = lse_partial[first:end].logsumexp(0)  # (h_kv, s_q * group)
-        empty = total == -torch.inf
-        weight = torch.exp(lse_partial[first:end] - total.masked_fill(empty, 0.0))
-        merged = (out_partial[first:end] * weight.unsqueeze(-1)).sum(0)  # (h_kv, s_q * group, 512)
-        out[seq] = _query_major(merged, s_q)
-        lse[seq] = _query_major(total.masked_fill(empty, torch.inf), s_q).T
+    out_partial: torch.Tensor,  # (splits, h_kv, rows, 512) float32
+    lse_partial: torch.Tensor,  # (splits, h_kv, rows) float32, -inf where no key was seen
+) -> tuple[torch.Tensor, torch.Tensor]:  # out (h_kv, rows, 512), lse (h_kv, rows)
+    """Merge the splits of a sequence, each weighted with its share of the sum of exponentials."""
+    lse = lse_partial.logsumexp(0)
+    weight = torch.exp(lse_partial - lse.masked_fill(lse == -torch.inf, 0.0))
+    return (out_partial * weight.unsqueeze(-1)).sum(0), lse
 
 
 def _attend(
@@ -98,8 +104,8 @@ def _keys_after_query(
 
 
 def _rows_by_kv_head(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """(b, s_q, h_q, d) -> (b, h_kv, s_q * group, d): the rows that share a KV head side by side."""
-    return q.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    """(s_q, h_q, d) -> (h_kv, s_q * group, d): the rows that share a KV head side by side."""
+    return q.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _query_major(rows: torch.Tensor, s_q: int) -> torch.Tensor:

@@ -1,18 +1,22 @@
 """The split-KV plan: which part of the machine decodes which pages of which sequence.
 
-This module is the specification. `csrc/schedule/plan.cu` computes the same bytes on the GPU.
+This module is the specification. `csrc/schedule/plan.cu` computes the same bytes on the GPU, where
+every sequence and every part finds its own place by sums and divisions, and none waits for another.
 
 A *part* is one resident worker (a thread block on the GPU). Its share of the plan is one run
 of pages in batch order: it may finish a sequence begun by the part before it, decode whole
 sequences, and begin a sequence that the next part goes on with. A part's piece of one sequence
-is a *split*; a sequence decoded in one split needs no merge.
+is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
+in one of two ways, the cheaper: `_a_split_a_part` or `_on_a_line`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 
 import torch
 
@@ -30,16 +34,16 @@ CPU_PARTS = 16
 
 
 class Field(IntEnum):
-    """Columns of a row of `tile_scheduler_metadata`: a part's work, and an entry of the merge list."""
+    """Columns of a row of `tile_scheduler_metadata`: a part's work."""
 
-    FIRST_SEQ = 0  # batch index of the first split; the batch size marks an idle part
+    FIRST_SEQ = 0  # batch index of the first split; the batch size marks an idle part, its other columns 0
     FIRST_PAGE = 1  # page of FIRST_SEQ the part starts at
     LAST_SEQ = 2  # batch index of the last split, inclusive
     LAST_PAGE_END = 3  # page of LAST_SEQ the part stops before
     FIRST_SPLIT = 4  # the first split's number within FIRST_SEQ
-    MERGE_SEQ = 5  # in row i: the i-th sequence that has several splits; -1 past the last
-    MERGE_FIRST_SLOT = 6  # its first split's place among all splits, num_splits[MERGE_SEQ]
-    MERGE_SPLITS = 7  # how many it has
+    FIRST_SPLITS = 5  # how many splits FIRST_SEQ has
+    LAST_SPLITS = 6  # how many splits LAST_SEQ has
+    FIRST_SLOT = 7  # slot of the first split's partial result: the part + FIRST_SEQ's cut predecessors
 
 
 METADATA_WIDTH = 8
@@ -48,13 +52,19 @@ METADATA_WIDTH = 8
 
 @dataclass(frozen=True)
 class Split:
-    """One part's piece of one sequence: pages [page_begin, page_end) of sequence `seq`."""
+    """One part's piece of one sequence: pages [page_begin, page_end) of sequence `seq`.
+
+    It is number `split` of the sequence's `splits`. Where these are several, its partial result is
+    kept at `slot`: no two splits have the same, and those of a sequence are consecutive.
+    """
 
     part: int
     seq: int
     page_begin: int
     page_end: int
     split: int
+    splits: int
+    slot: int
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -76,34 +86,86 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
 
-def _parts_needed(pages: Sequence[int], budget: int) -> int:
-    """How many parts a batch takes when each may spend `budget` pages, starts included."""
-    parts, left = 1, budget
-    for n in pages:
-        room = max(0, left - START_COST)
-        if START_COST + n <= left:
-            left -= START_COST + n
-            continue
-        full = budget - START_COST  # pages that fit a fresh part
-        rest = n - room
-        extra = max(1, ceil_div(rest, full))
-        parts += extra
-        left = full - (rest - (extra - 1) * full)
-    return parts
+def partial_slots(batch: int, parts: int) -> int:
+    """Room for partial results that is enough for any lengths.
 
-
-def _smallest_budget(pages: Sequence[int], parts: int) -> int:
-    """The least budget with which the batch fits `parts` parts.
-
-    A part loses at most one start's cost at its end (the room left is too small to start in, or
-    the sequence cut there is started once more), so the fair share plus that always fits:
-    START_COST + 1 candidates are enough, and the GPU tries them side by side.
+    Part p's split of sequence i has slot p + r, r being the sequences before i that have several
+    splits. Each of these begins in a part of its own, so there are at most min(batch, parts).
     """
-    fair = max(1, ceil_div(sum(pages) + START_COST * len(pages), parts))
-    budget = max(fair, START_COST + 1)
-    while _parts_needed(pages, budget) > parts:
-        budget += 1
-    return budget
+    return parts + min(batch, parts)
+
+
+def partial_rows(max_query_len: int, heads_per_kv_head: int, num_kv_heads: int) -> int:
+    """Rows of a partial result as the GPU kernels store it: whole tiles, the last cut off at 8 rows.
+
+    A tile has whole query tokens, or up to 64 heads of one; so it may have less than `TILE_ROWS` rows.
+    """
+    heads = min(heads_per_kv_head, TILE_ROWS)
+    tokens = TILE_ROWS // heads
+    tiles = ceil_div(heads_per_kv_head, heads) * ceil_div(max_query_len, tokens) * num_kv_heads
+    return (tiles - 1) * TILE_ROWS + 8 * ceil_div(min(TILE_ROWS, max_query_len * heads_per_kv_head), 8)
+
+
+def num_pages(length: int) -> int:
+    """Pages of a sequence of `length` tokens; a negative length counts as none."""
+    return max(0, ceil_div(length, PAGE_SIZE))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which parts each sequence is on, and where it is cut between them."""
+
+    first_part: list[int]
+    last_part: list[int]  # inclusive
+    page_at: Callable[[int, int], int]  # (seq, part) -> page of `seq` that `part` begins at
+
+
+def _share(total: int, ways: int, number: int) -> int:
+    """Where a share begins when `total` is cut into even ones: the first total % ways have one more."""
+    return number * (total // ways) + min(number, total % ways)
+
+
+def _a_split_a_part(pages: Sequence[int], parts: int, most: int) -> _Layout | None:
+    """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
+
+    The length is the least with which the parts are enough; None if that is above `most`. The worst
+    part costs `length` pages and a start. `most` is a share of all pages and a start for each
+    sequence: with more sequences than parts no length will do, with fewer none below most - START_COST.
+    """
+    taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
+    for length in range(max(1, most - START_COST), most + 1):
+        splits = [ceil_div(n, length) for n in taken]
+        if sum(splits) <= parts:
+            break
+    else:
+        return None
+    end = list(accumulate(splits))
+    first = [e - k for e, k in zip(end, splits, strict=True)]
+    return _Layout(
+        first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
+    )
+
+
+def _on_a_line(pages: Sequence[int], parts: int) -> _Layout:
+    """Sequences one after another on a line, each START_COST places and its pages, cut evenly.
+
+    The worst part costs its share of the line and a start that is not on it, where it goes on with
+    a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
+    `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
+    every part has at least START_COST + 1 places, one of them a page.
+    """
+    taken = [START_COST + max(1, n) for n in pages]
+    end = list(accumulate(taken))
+    page_0 = [e - n + START_COST for e, n in zip(end, taken, strict=True)]
+    begin = [_share(end[-1], parts, part) for part in range(parts + 1)]
+
+    def part_of(place: int) -> int:
+        return bisect_right(begin, place) - 1
+
+    def page_at(seq: int, part: int) -> int:
+        return min(max(0, begin[part] - page_0[seq]), pages[seq])
+
+    return _Layout([part_of(place) for place in page_0], [part_of(e - 1) for e in end], page_at)
 
 
 def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,66 +173,57 @@ def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.
 
     Parameters
     ----------
-    cache_seqlens : tokens in the cache for each sequence; 0 is allowed.
+    cache_seqlens : tokens in the cache for each sequence, in all less than 2^31 pages; 0 is allowed,
+        and less counts as 0.
     parts : what `num_parts` returned.
 
     Returns
     -------
-    tile_scheduler_metadata : (parts, 8) int32, columns as in `Field`.
+    tile_scheduler_metadata : (parts, 8) int32, columns as in `Field`; idle parts come last.
     num_splits : (b + 1) int32, running total of splits; sequence i has
         `num_splits[i + 1] - num_splits[i]` of them, at least one.
     """
-    pages = [ceil_div(n, PAGE_SIZE) for n in cache_seqlens]
-    batch, budget = len(pages), _smallest_budget(pages, parts)
-    metadata = torch.zeros(parts, METADATA_WIDTH, dtype=torch.int32)
-    metadata[:, Field.MERGE_SEQ] = -1
-    merged = 0
-    num_splits = torch.zeros(batch + 1, dtype=torch.int32)
-    seq, page, split = 0, 0, 0  # the next page to hand out, and its split's number
-    for part in range(parts):
-        row = metadata[part]
-        if seq == batch:
-            row[Field.FIRST_SEQ] = batch
-            continue
-        row[Field.FIRST_SEQ], row[Field.FIRST_PAGE], row[Field.FIRST_SPLIT] = seq, page, split
-        left = budget
-        while seq < batch:
-            rest = pages[seq] - page
-            if START_COST + rest <= left:  # the sequence ends in this part
-                left -= START_COST + rest
-                num_splits[seq + 1] = num_splits[seq] + split + 1
-                row[Field.LAST_SEQ], row[Field.LAST_PAGE_END] = seq, pages[seq]
-                if split > 0:
-                    metadata[merged, Field.MERGE_SEQ] = seq
-                    metadata[merged, Field.MERGE_FIRST_SLOT] = num_splits[seq]
-                    metadata[merged, Field.MERGE_SPLITS] = split + 1
-                    merged += 1
-                seq, page, split = seq + 1, 0, 0
-                continue
-            if left > START_COST:  # the sequence is cut here
-                page += left - START_COST
-                split += 1
-                row[Field.LAST_SEQ], row[Field.LAST_PAGE_END] = seq, page
-            break
-    return metadata, num_splits
+    pages = [num_pages(length) for length in cache_seqlens]
+    share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
+    layout = _a_split_a_part(pages, parts, most=share) or _on_a_line(pages, parts)
+
+    rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
+    num_splits, cut = [0], 0  # cut: sequences so far that have several splits
+    for seq, (first, last) in enumerate(zip(layout.first_part, layout.last_part, strict=True)):
+        splits = last - first + 1
+        for part in range(first, last + 1):
+            row = rows[part]
+            if row[Field.FIRST_SEQ] == len(pages):
+                row[Field.FIRST_SEQ], row[Field.FIRST_PAGE] = seq, layout.page_at(seq, part)
+                row[Field.FIRST_SPLIT], row[Field.FIRST_SPLITS] = part - first, splits
+                row[Field.FIRST_SLOT] = part + cut
+            row[Field.LAST_SEQ], row[Field.LAST_PAGE_END] = seq, layout.page_at(seq, part + 1)
+            row[Field.LAST_SPLITS] = splits
+        num_splits.append(num_splits[-1] + splits)
+        cut += splits > 1
+    return torch.tensor(rows, dtype=torch.int32), torch.tensor(num_splits, dtype=torch.int32)
 
 
 def splits_of(metadata: torch.Tensor, cache_seqlens: Sequence[int]) -> list[Split]:
     """Spell a plan out as splits, in the order in which its parts work on them."""
-    batch = len(cache_seqlens)
-    splits = []
+    found = []
     for part, row in enumerate(metadata.tolist()):
-        if row[Field.FIRST_SEQ] >= batch:
+        first, last = row[Field.FIRST_SEQ], row[Field.LAST_SEQ]
+        if first >= len(cache_seqlens):
             continue
-        for seq in range(row[Field.FIRST_SEQ], row[Field.LAST_SEQ] + 1):
-            is_first, is_last = seq == row[Field.FIRST_SEQ], seq == row[Field.LAST_SEQ]
-            splits.append(
+        # Only the first and the last may be cut; if both are, their slots are neighbours.
+        splits = {last: row[Field.LAST_SPLITS], first: row[Field.FIRST_SPLITS]}
+        last_slot = row[Field.FIRST_SLOT] + (splits[first] > 1)
+        for seq in range(first, last + 1):
+            found.append(
                 Split(
                     part=part,
                     seq=seq,
-                    page_begin=row[Field.FIRST_PAGE] if is_first else 0,
-                    page_end=row[Field.LAST_PAGE_END] if is_last else ceil_div(cache_seqlens[seq], PAGE_SIZE),
-                    split=row[Field.FIRST_SPLIT] if is_first else 0,
+                    page_begin=row[Field.FIRST_PAGE] if seq == first else 0,
+                    page_end=row[Field.LAST_PAGE_END] if seq == last else num_pages(cache_seqlens[seq]),
+                    split=row[Field.FIRST_SPLIT] if seq == first else 0,
+                    splits=splits.get(seq, 1),
+                    slot=row[Field.FIRST_SLOT] if seq == first else last_slot,
                 )
             )
-    return splits
+    return found

@@ -1,0 +1,243 @@
+// The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i with
+// w_i = exp(lse_i - lse), lse = log sum_i exp(lse_i).
+//
+// A warpgroup that has written its half of a partial signals that and works on. At its end it waits until all
+// splits of its first and last sequence are written, and merges its share of their rows: all SMs merge, and
+// no second kernel has to be launched. All blocks of a launch run at the same time (it is a cooperative one),
+// so waiting ends.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace mla {
+
+constexpr int kMaxBlocks = 256;       // of a launch with splits; more than a Hopper GPU has SMs
+constexpr int kArrivalsSlots = 1024;  // launches that may be under way together without sharing counters
+constexpr uint32_t kAllArrived = 1u << 31;
+
+// A counter for each block, used for the sequence that is cut at its part's end. When all have arrived its
+// top bit flips and the rest is zero again: no launch has to reset it.
+__device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
+
+__device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {
+    const int first_part = max(0, static_cast<int>(blockIdx.y) - place.index);
+    return &g_arrivals[params.arrivals_slot][first_part * gridDim.x + blockIdx.x];
+}
+
+// Says that this warpgroup's half of a partial is written. Remembers what the counter was.
+__device__ inline void arrive(const DecodeParams& params, SharedStorage& shared, const Split& split,
+                              const SplitPlace& place, int consumer) {
+    sync_warpgroup(consumer);
+    if (threadIdx.x % kWarpgroup != 0) return;
+    const uint32_t others = place.num_splits * kConsumers - 1;
+    const bool is_first = place.index == 0 && consumer == 0;
+    shared.tickets[consumer][split.seq != shared.plan.first_seq] =
+        ptx::signal_add(arrivals_of(params, place), is_first ? kAllArrived - others : 1);
+}
+
+// All warps look for themselves, and by a vote: a loop that lanes leave one by one would cost the kernel's
+// main loop its uniform registers.
+__device__ inline void wait_for_all(const DecodeParams& params, const SharedStorage& shared,
+                                    const Split& split, const SplitPlace& place, int consumer) {
+    sync_warpgroup(consumer);  // the ticket is there
+    const uint32_t before = shared.tickets[consumer][split.seq != shared.plan.first_seq];
+    const uint32_t* counter = arrivals_of(params, place);
+    while (!__all_sync(~0u, ((ptx::signal_read(counter) ^ before) & kAllArrived) != 0)) {
+    }
+}
+
+// Adds splits whose weight is weight * exp(lse), relative to which their values are summed up.
+template <int kVectors>
+__device__ inline void add(MergeState<kVectors>& state, float lse, float weight,
+                           const float4 (&value)[kVectors]) {
+    if (lse == -INFINITY) return;  // saw no key
+    const float max = fmaxf(state.max, lse);
+    const float keep = ptx::exp2_approx((state.max - max) * kLog2E);
+    const float take = ptx::exp2_approx((lse - max) * kLog2E);
+    state.max = max;
+    state.weight = state.weight * keep + weight * take;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        state.sum[v].x = state.sum[v].x * keep + value[v].x * take;
+        state.sum[v].y = state.sum[v].y * keep + value[v].y * take;
+        state.sum[v].z = state.sum[v].z * keep + value[v].z * take;
+        state.sum[v].w = state.sum[v].w * keep + value[v].w * take;
+    }
+}
+
+// A half-warp walks a group of 8 columns: lane 2 r + i has columns 4 i to 4 i + 3 of the octet's row r. Its
+// vectors are kVectors groups, each second one from the warp's two halves.
+template <int kVectors>
+struct Merger {
+    static constexpr int kHalf = 16;
+
+    const DecodeParams& params;
+    const Partial& first;  // of split 0
+    int octet, group;
+
+    __device__ Merger(const DecodeParams& params, const Partial& first, int octet, int group)
+        : params(params), first(first), octet(octet), group(group) {}
+
+    // Adds every step-th split from `begin` on, kUnroll of them at a time: their loads are under way
+    // together.
+    template <int kUnroll>
+    __device__ void add_splits(MergeState<kVectors>& state, int begin, int end, int step) const {
+        const int lane = threadIdx.x % kHalf;
+        const float* lse_row = first.lse + octet * kOctetRows + lane / 2 + begin * params.partial_rows;
+        const float* out = first.group(octet, group) + lane * 4 + begin * params.partial_rows * kHeadDimV;
+        const int64_t stride = step * params.partial_rows;
+#pragma unroll 1
+        for (; begin < end; begin += kUnroll * step) {
+            float4 value[kUnroll][kVectors];
+            float lse[kUnroll];
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) {
+                lse[i] = -INFINITY;
+                if (begin + i * step < end) {
+                    lse[i] = __ldcg(lse_row);
+#pragma unroll
+                    for (int v = 0; v < kVectors; ++v)
+                        value[i][v] =
+                            __ldcg(reinterpret_cast<const float4*>(out + 2 * v * kGroupColumns * kOctetRows));
+                }
+                lse_row += stride;
+                out += stride * kHeadDimV;
+            }
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) add(state, lse[i], 1.f, value[i]);
+        }
+    }
+
+    template <typename T>
+    __device__ void store(const RowTile& tile, const Split& split, const MergeState<kVectors>& state) const {
+        const int lane = threadIdx.x % kHalf;
+        const Row row = row_of(params, tile, split, octet * kOctetRows + lane / 2);
+        if (!row.valid) return;
+        const float scale = state.weight == 0.f ? 0.f : ptx::reciprocal_approx(state.weight);
+        T* out = out_of<T>(params, split.seq, row) + group * kGroupColumns + lane % 2 * 4;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+            *reinterpret_cast<uint2*>(out + 2 * v * kGroupColumns) =
+                make_uint2(pack(state.sum[v].x * scale, state.sum[v].y * scale, T()),
+                           pack(state.sum[v].z * scale, state.sum[v].w * scale, T()));
+        if (group == 0 && lane % 2 == 0)
+            *lse_of(params, split.seq, row) =
+                state.weight == 0.f ? INFINITY : state.max + __logf(state.weight);
+    }
+};
+
+// Two splits, each all that its part has to do: their blocks finish together, and each keeps one half of the
+// output in registers and gets only that half from the other.
+__device__ inline bool is_exchange(const DecodeParams& params, const PartPlan& plan,
+                                   const SplitPlace& place) {
+    if (place.num_splits != 2 || plan.first_seq != plan.last_seq) return false;
+    const int other = blockIdx.y + (place.index == 0 ? 1 : -1);
+    return other >= 0 && other < params.num_parts &&
+           params.parts[other].first_seq == params.parts[other].last_seq;
+}
+
+// Adds the other split's half to `output`, which was not scaled yet; returns by what to scale the sum.
+__device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                         const SplitPlace& place, int consumer, float2 scale,
+                                         float (&output)[128]) {
+    const Partial mine(params, tile, place, place.index), other(params, tile, place, 1 - place.index);
+    const int lane = threadIdx.x % 32, rows = split.valid_rows(params, tile);
+    float scales[2] = {scale.x, scale.y};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
+        if (row >= rows) continue;
+        const float my_lse = __ldcg(mine.lse + row), other_lse = __ldcg(other.lse + row);
+        const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
+        const float max = fmaxf(my_lse, other_lse), offset = max == -INFINITY ? 0.f : max;
+        const float my_weight = ptx::exp2_approx((my_lse - offset) * kLog2E);
+        const float other_weight = ptx::exp2_approx((other_lse - offset) * kLog2E);
+        const float sum = my_weight + other_weight, factor = my_weight * scales[h];
+#pragma unroll
+        for (int i = 0; i < kGroups / 2; ++i) {
+            const float2 value = __ldcg(at + i * 32);
+            output[4 * i + 2 * h] = output[4 * i + 2 * h] * factor + value.x * other_weight;
+            output[4 * i + 2 * h + 1] = output[4 * i + 2 * h + 1] * factor + value.y * other_weight;
+        }
+        scales[h] = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
+        if (consumer == kLeft && lane % 4 == 0)
+            *lse_of(params, split.seq, row_of(params, tile, split, row)) =
+                sum == 0.f ? INFINITY : max + __logf(sum);
+    }
+    return make_float2(scales[0], scales[1]);
+}
+
+// Few splits: a warp merges 8 rows x 64 columns at a time.
+template <typename T>
+__device__ inline void merge_wide(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                  const SplitPlace& place, int consumer) {
+    constexpr int kVectors = 4, kChunks = kGroups / (2 * kVectors);  // a chunk is a warp's work in an octet
+    const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
+    const int ranks = place.num_splits * kConsumers, rank = place.index * kConsumers + consumer;
+    const Partial first(params, tile, place, 0);
+    const int chunks = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kChunks;
+#pragma unroll 1
+    for (int chunk = rank + warp * ranks; chunk < chunks; chunk += 4 * ranks) {
+        const Merger<kVectors> merger(params, first, chunk / kChunks, chunk % kChunks * 2 * kVectors + half);
+        MergeState<kVectors> state;
+        merger.template add_splits<2>(state, 0, place.num_splits, 1);
+        merger.template store<T>(tile, split, state);
+    }
+}
+
+__device__ inline float4 shuffle_xor(float4 value, int mask) {
+    return make_float4(__shfl_xor_sync(~0u, value.x, mask), __shfl_xor_sync(~0u, value.y, mask),
+                       __shfl_xor_sync(~0u, value.z, mask), __shfl_xor_sync(~0u, value.w, mask));
+}
+
+// Many splits: a warp merges 8 rows x 8 columns, its halves take the splits in turns. Where a warpgroup's
+// share is only one or two such items, so do four or two warps.
+template <typename T>
+__device__ inline void merge_deep(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                  const SplitPlace& place, int consumer, MergeState<1>* scratch) {
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, half = lane / 16;
+    const int ranks = place.num_splits * kConsumers, rank = place.index * kConsumers + consumer;
+    const Partial first(params, tile, place, 0);
+    const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kGroups;
+    const int share = rank < items ? (items - rank - 1) / ranks + 1 : 0;
+    const int warps = share == 1 ? 4 : share == 2 ? 2 : 1;  // that share an item
+#pragma unroll 1
+    for (int i = warp / warps; i < share; i += 4 / warps) {
+        const int item = rank + i * ranks;
+        const Merger<1> merger(params, first, item / kGroups, item % kGroups);
+        MergeState<1> state;
+        merger.template add_splits<8>(state, warp % warps * 2 + half, place.num_splits, 2 * warps);
+        const float4 other_half[] = {shuffle_xor(state.sum[0], 16)};
+        add(state, __shfl_xor_sync(~0u, state.max, 16), __shfl_xor_sync(~0u, state.weight, 16), other_half);
+        if (warps > 1) {  // then each warp passes here once
+            if (warp > 0) scratch[(warp - 1) * 32 + lane] = state;
+            sync_warpgroup(consumer);
+            if (warp % warps != 0) return;
+#pragma unroll 1
+            for (int j = 1; j < warps; ++j) {
+                const MergeState<1>& other = scratch[(warp + j - 1) * 32 + lane];
+                add(state, other.max, other.weight, other.sum);
+            }
+        }
+        if (half == 0) merger.template store<T>(tile, split, state);
+    }
+}
+
+// Merges the part's first and last sequence where other parts work on them, too.
+template <typename T>
+__device__ inline void merge_splits(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                                    int consumer) {
+    constexpr int kFewSplits = 7;
+    for_each_split(params, shared.plan, tile, [&](const Split& split) {
+        const SplitPlace place(params, shared.plan, split);
+        if (!place.is_partial() || is_exchange(params, shared.plan, place)) return;
+        wait_for_all(params, shared, split, place, consumer);
+        if (place.num_splits <= kFewSplits) {
+            merge_wide<T>(params, tile, split, place, consumer);
+        } else {
+            merge_deep<T>(params, tile, split, place, consumer, shared.merge_scratch(consumer));
+        }
+    });
+}
+
+}  // namespace mla

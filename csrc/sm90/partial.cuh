@@ -1,0 +1,51 @@
+// Partials: the unmerged float32 results of splits, and how they lie in memory.
+//
+// A tile's rows are stored in octets, and an octet in groups of 8 columns: the group's values of one row,
+// then of the next. So a warp of the decode, whose threads hold 8 rows x 8 columns of the output, stores 256
+// bytes in a line, and so does a warp of the merge load them.
+#pragma once
+
+#include "tiles.cuh"
+#include "work.cuh"
+
+namespace mla {
+
+constexpr int kOctetRows = 8;
+constexpr int kGroupColumns = 8;
+constexpr int kGroups = kHeadDimV / kGroupColumns;
+
+// A tile's partial of one split.
+struct Partial {
+    float* out;
+    float* lse;
+
+    __device__ Partial(const DecodeParams& params, const RowTile& tile, const SplitPlace& place,
+                       int of_split) {
+        // Slots and rows are few: there are no more blocks than SMs where there are partials.
+        const int first = (place.first_slot + of_split) * params.partial_rows + tile.first_partial_row;
+        out = params.out_partial + first * kHeadDimV;
+        lse = params.lse_partial + first;
+    }
+
+    __device__ float* group(int octet, int group) const {
+        return out + octet * kOctetRows * kHeadDimV + group * kGroupColumns * kOctetRows;
+    }
+};
+
+// A consumer's half of the output, 64 x 256 in the layout of wgmma's accumulators.
+__device__ inline void store_partial(const Partial& partial, int rows, const float (&output)[128],
+                                     float2 scale, int consumer) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
+        if (octet * kOctetRows >= rows) continue;
+        auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
+        const float factor = h == 0 ? scale.x : scale.y;
+#pragma unroll
+        for (int i = 0; i < kGroups / 2; ++i)
+            at[i * 32] = make_float2(output[4 * i + 2 * h] * factor, output[4 * i + 2 * h + 1] * factor);
+    }
+}
+
+}  // namespace mla
