@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself, once. To use an interpreter that already has vLLM, as it is
 # and with nothing installed into it: make gpu-test PYTHON=python3
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test bench lint format env
+.PHONY: help demo test gpu-test test-compat bench lint format env
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
@@ -17,7 +17,7 @@ endif
 CUDA_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | awk -F ':.* ## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | awk -F ':.* ## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: $(ENV) ## vLLM answers 64 prompts through FLASHMLA, on this machine's GPU or CPU
 	$(PYTHON) -m vllm_flashmla_backend.cli demo
@@ -29,6 +29,9 @@ gpu-test: $(ENV) ## the tests that need a Hopper GPU
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() and \
 		torch.cuda.get_device_capability()[0] == 9 else 'make gpu-test needs a Hopper GPU, and torch sees none')"
 	$(PYTHON) -m pytest -m gpu
+
+test-compat: $(ENV) ## the hooks of this package in vLLM 0.26.0, 0.30.0 and 0.33.0: downloads their wheels, once
+	$(PYTHON) tools/compat.py $(RELEASES)
 
 bench: $(ENV) ## our kernels against their peers on this machine's Hopper GPU, and plots
 	$(PYTHON) -m vllm_flashmla_backend.cli bench $(BENCH)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
-from vllm_flashmla_backend.cli import checks
+import torch
+
+from vllm_flashmla_backend.cli import checks, report
 
 
-def doctor(**environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vllm_flashmla_backend.cli", "doctor"]
+def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vllm_flashmla_backend.cli", "doctor", *options]
     return subprocess.run(
         command, env=os.environ | {"COLUMNS": "200"} | environment, capture_output=True, text=True
     )
@@ -58,3 +61,46 @@ def test_wrong_kernels_are_found_out(monkeypatch):
 def test_vllm_out_of_range_is_named(monkeypatch):
     monkeypatch.setattr(checks, "installed_version", lambda *names: "vllm 0.25.1")
     assert "0.26 to 0.33 are supported" in checks.vllm_release().remedy
+
+
+def test_report_is_one_block_with_versions_checks_entry_points_and_environment():
+    said = doctor("--report", VLLM_FLASHMLA_KERNELS="reference")
+    assert said.returncode == 0, said.stdout + said.stderr
+    lines = said.stdout.strip().splitlines()
+    assert lines[0] == "```text" and lines[-1] == "```"
+    for found in (
+        f"  torch: {torch.__version__}, CUDA",
+        "  package: vllm-flashmla-backend 0.1.0",
+        "  ok     kernels: reference is reference, decoding right",
+        "  vllm.general_plugins: flashmla = vllm_flashmla_backend:register",
+        "  VLLM_FLASHMLA_KERNELS=reference",
+    ):
+        assert any(line.startswith(found) for line in lines), found
+
+
+def test_report_of_what_is_wrong_says_so_and_what_to_do():
+    said = doctor("--report", VLLM_FLASHMLA_KERNELS="fastest")
+    assert said.returncode == 1
+    assert re.search("  wrong  kernels: fastest cannot run -> .*got 'fastest'", said.stdout)
+
+
+def test_report_hides_secrets_and_homes():
+    secrets = dict(
+        HF_TOKEN="hf_abcdefghijklmnopqrst",
+        VLLM_API_KEY="open-sesame",
+        VLLM_HOST_IP="10.1.2.3",
+        VLLM_MODEL="s3://user:pass@bucket/hf_ABCDEFGHIJKLMNOP42",
+        VLLM_NOTE="open-sesame in /home/alice/models, /srv/bob/cache",
+        HOME="/srv/bob",
+    )
+    text = report.write([checks.Check("library", "/root/x.so and hf_abcdefghijklmnopqrst", None)], secrets)
+    for secret in ("hf_abc", "hf_ABC", "sesame", "10.1.2.3", "user:pass", "alice", "bob", "/root"):
+        assert secret not in text, secret
+    assert "VLLM_NOTE=(hidden) in ~/models, ~/cache" in text
+    assert "VLLM_MODEL=s3://(hidden)@bucket/(hidden)" in text
+    assert "HF_TOKEN" not in text  # only vLLM's variables are of interest
+
+
+def test_ordinary_text_of_the_report_is_left_alone():
+    ordinary = "flash_mla 0.1.0, lora_resolvers.hf_hub_resolver:register_hf_hub_resolver"
+    assert report.mask(ordinary, {"SOME_KEY": "1"}) == ordinary

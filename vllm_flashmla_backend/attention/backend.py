@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import PAGE_SIZE
+from . import refusals
+from .compat import OlderHooks
 from .impl import FlashMLAImpl
 from .metadata import FlashMLAMetadataBuilder
 
 HEAD_SIZE = 576  # kv_lora_rank 512 + qk_rope_head_dim 64
 
 
-class FlashMLABackend(MLACommonBackend):
+class FlashMLABackend(OlderHooks, MLACommonBackend):
     """MLA decode on pages of 64 tokens: our kernels on Hopper, PyTorch on a CPU.
 
     A device capability of None stands for a CPU in the hooks below.
@@ -60,12 +62,37 @@ class FlashMLABackend(MLACommonBackend):
         return [PAGE_SIZE]
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # The plan and the grid take the largest query length from the host.
+        return False
+
+    @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         return super().supports_dtype(dtype) or (current_platform.is_cpu() and dtype == torch.float32)
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
         return capability is None or capability.major == 9
+
+    @classmethod
+    def validate_configuration(
+        cls, *, attn_type: str = AttentionType.DECODER, has_sliding_window: bool = False, **layer: Any
+    ) -> list[str]:
+        """List why vLLM must not choose this backend for a layer; empty if it may.
+
+        Short reasons come from vLLM, as the other hooks answer; the sentences that tell what to do
+        come after, from `supports_combination` and from here, which sees what that is not shown.
+        """
+        reasons = super().validate_configuration(
+            attn_type=attn_type, has_sliding_window=has_sliding_window, **layer
+        )
+        if not layer["use_mla"]:
+            return reasons  # one sentence on that is enough
+        if attn_type != AttentionType.DECODER:
+            reasons.append(refusals.not_a_decoder(attn_type))
+        if has_sliding_window:
+            reasons.append(refusals.not_served("sliding_window"))
+        return reasons
 
     @classmethod
     def supports_combination(
@@ -86,9 +113,16 @@ class FlashMLABackend(MLACommonBackend):
         """
         reasons = []
         if not use_mla:
-            reasons.append("FLASHMLA serves MLA models only, and this model's attention is not MLA")
+            reasons.append(refusals.not_mla())
         elif not cls.supports_head_size(head_size):
-            reasons.append(f"head size must be {HEAD_SIZE} (kv_lora_rank 512 + rope 64), got {head_size}")
+            reasons.append(
+                f"head size must be {HEAD_SIZE} (kv_lora_rank 512 + rope 64), got {head_size}: "
+                "leave --attention-backend out"
+            )
+        if use_sparse:
+            reasons.append(refusals.sparse())
+        if use_mla and has_sink:
+            reasons.append(refusals.not_served("sinks"))
         if not cls.supports_dtype(dtype):
             reasons.append(f"dtype must be bfloat16 or float16 (on a CPU also float32), got {dtype}")
         if not cls.supports_block_size(block_size):
@@ -100,7 +134,7 @@ class FlashMLABackend(MLACommonBackend):
         if not cls.supports_compute_capability(device_capability):
             reasons.append(
                 "the kernels are built for Hopper GPUs (compute capability 9.0), "
-                f"this GPU has {device_capability.as_version_str()}"
+                f"this GPU has {device_capability.as_version_str()}: leave --attention-backend out"
             )
         elif not quantized:
             reasons.extend(_why_no_kernels())

@@ -27,6 +27,7 @@ class FlashMLACpuImpl(FlashMLAImpl):
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
+        skip_scale: bool = False,
     ) -> None:
         """Write the step's tokens into their slots.
 
@@ -36,6 +37,7 @@ class FlashMLACpuImpl(FlashMLAImpl):
         k_pe : (tokens, 1, 64).
         kv_cache : (pages, 64, 576), written in place; empty while vLLM measures memory.
         slot_mapping : (tokens,) int64, page * 64 + offset; negative marks padding.
+        k_scale, skip_scale : of FP8 caches, which a CPU does not have; 0.33 passes both.
         """
         if kv_cache.numel() == 0:
             return

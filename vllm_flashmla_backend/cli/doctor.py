@@ -8,19 +8,32 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from .checks import examine
+from . import report
+from .checks import Check, examine
 
 HELP = "say what is installed, whether FLASHMLA can run here, and what to do where it cannot"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command takes none."""
+    parser.add_argument(
+        "--report", action="store_true", help="print all of it as one block of text to paste into an issue"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every check, then what to do about each that failed; 0 only if FLASHMLA can run."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what was asked for
+    """Look at everything and print it; 0 only if FLASHMLA can run."""
+    environment = dict(os.environ)  # as it was given
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what was asked for is the table, or the report
     checks = examine()
+    if args.report:
+        print(report.write(checks, environment))
+    else:
+        show(checks)
+    return 1 if any(check.remedy for check in checks) else 0
+
+
+def show(checks: list[Check]) -> None:
+    """Print every check, then what to do about each that failed."""
     wrong = [check for check in checks if check.remedy]
     table = Table(title="FLASHMLA on this machine", show_header=False)
     table.add_column()
@@ -33,4 +46,3 @@ def run(args: argparse.Namespace) -> int:
     for check in wrong:
         console.print(f"{check.name}: {check.remedy}", markup=False, highlight=False)
     console.print("FLASHMLA cannot run here." if wrong else "FLASHMLA can run here.")
-    return 1 if wrong else 0

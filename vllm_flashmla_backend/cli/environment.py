@@ -1,8 +1,10 @@
-"""Which distributions and which device are here: what `doctor` and `demo` both report."""
+"""Which distributions, which commit and which device are here: what the commands report."""
 
 from __future__ import annotations
 
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +22,26 @@ def installed_version(*names: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def commit() -> str | None:
+    """The commit that this code lies in a checkout of, marked where files differ from it."""
+    where = str(Path(__file__).parent)
+    # describe, for it tells whether files differ; with tags left out, it gives the bare commit.
+    command = ["git", "-C", where, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def gpus() -> list[str]:
+    """Each GPU's name, driver and memory, as nvidia-smi says; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def device() -> torch.device:
