@@ -8,14 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,75 +17,27 @@ import pytest
 import torch
 
 from vllm_flashmla_backend.recall import ANSWER_TOKENS, is_right, make_prompt, make_prompts
+from vllm_flashmla_backend.serving import Server, serve
 
 pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []
 
 RECALL = Path(__file__).parents[1] / "configs" / "recall"
-START_SECONDS = 400
+RUNNING = "vllm:num_requests_running"
 ANSWER = {"model": "recall", "temperature": 0, "max_tokens": ANSWER_TOKENS}
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """The URL of a server, which is gone with all its processes when the tests are."""
-    url, log = f"http://127.0.0.1:{free_port()}", tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(RECALL)]
-    command += ["--attention-backend", "FLASHMLA", "--served-model-name", "recall"]
-    command += ["--kv-cache-memory-bytes", "1G"]  # by default vLLM takes nearly all memory
-    command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+def server() -> Iterator[Server]:
+    options = ["--kv-cache-memory-bytes", "1G"]  # by default vLLM takes nearly all memory
     if not torch.cuda.is_available():
-        command += ["--enforce-eager"]  # compiling takes a CPU longer than these tests do
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_until_healthy(url, process, log)
-        yield url
-    finally:
-        stop_group(process)
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended with status {process.returncode}:\n{log.read_text()[-4000:]}")
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(f"the server did not answer in {START_SECONDS} s:\n{log.read_text()[-4000:]}")
-
-
-def stop_group(process: subprocess.Popen) -> None:
-    """End the server's process group: politely, so that it can free what it holds, then for certain."""
-    for end, patience in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(process.pid, end)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+        options += ["--enforce-eager"]  # compiling takes a CPU longer than these tests do
+    with serve(RECALL, *options, name="recall") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=300, max_retries=0)
-
-
-def num_running(server: str) -> float:
-    """Requests that the engine works on, by the server's own metrics."""
-    metrics = urllib.request.urlopen(f"{server}/metrics", timeout=30).read().decode()
-    return sum(
-        float(line.rpartition(" ")[2])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:num_requests_running")
-    )
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
 
 
 def test_completions_of_a_batch_are_right(client):
@@ -140,9 +85,9 @@ def test_sixteen_at_once_with_one_aborted_midway(client, server):
     assert all(is_right(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
 
     deadline = time.monotonic() + 30
-    while num_running(server) and time.monotonic() < deadline:
+    while server.metric(RUNNING) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert num_running(server) == 0, "the aborted request still runs"
+    assert server.metric(RUNNING) == 0, "the aborted request still runs"
 
     # The pages that it had are free again, and what others now keep in them is read right.
     after = make_prompts(seed=6, count=4)
@@ -150,9 +95,9 @@ def test_sixteen_at_once_with_one_aborted_midway(client, server):
     assert all(is_right(prompt, choice.text) for prompt, choice in zip(after, choices, strict=True))
 
 
-async def ask_together_and_abort_one(server: str, prompts: list[str]) -> list[str]:
+async def ask_together_and_abort_one(server: Server, prompts: list[str]) -> list[str]:
     """Send all prompts and, among them, one long request that hangs up after its first tokens."""
-    client = openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", timeout=300, max_retries=0)
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
 
     async def ask(text: str) -> str:
         return (await client.completions.create(prompt=text, **ANSWER)).choices[0].text
@@ -164,7 +109,7 @@ async def ask_together_and_abort_one(server: str, prompts: list[str]) -> list[st
         stream = await client.completions.create(prompt=prompt, stream=True, extra_body=endless, **wordy)
         for _ in range(5):
             await anext(stream)
-        assert num_running(server) >= 1
+        assert server.metric(RUNNING) >= 1
         await stream.close()
 
     *texts, _ = await asyncio.gather(*map(ask, prompts), hang_up())

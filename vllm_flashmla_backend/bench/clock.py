@@ -1,4 +1,4 @@
-"""The GPU's SM clock and driver, through NVML where its Python binding is installed, else nvidia-smi."""
+"""The GPU's SM clock, memory and driver, through NVML where its binding is installed, else nvidia-smi."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ class GpuMonitor:
             version = self._nvml.nvmlSystemGetDriverVersion()
             return version.decode() if isinstance(version, bytes) else version
         return self._nvidia_smi("driver_version")
+
+    def memory_bytes(self) -> int | None:
+        """Memory in use, by all processes."""
+        if self._nvml:
+            return self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used
+        said = self._nvidia_smi("memory.used")
+        return int(said) << 20 if said and said.isdigit() else None
 
     def _nvidia_smi(self, query: str) -> str | None:
         command = ["nvidia-smi", "-i", self._uuid, f"--query-gpu={query}", "--format=csv,noheader,nounits"]

@@ -88,14 +88,14 @@ def save(results: dict, path: Path) -> None:
     unfinished.replace(path)
 
 
-def read(path: Path) -> dict:
-    """The results in `path`; ValueError where it is no results file."""
+def read(path: Path, head: str = "ceilings") -> dict:
+    """The results in `path`; ValueError where it is no results file with the key `head`."""
     try:
         results = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}; expected a results file of vllm-flashmla bench") from error
-    if not isinstance(results, dict) or not {"ceilings", "rows"} <= results.keys():
-        raise ValueError(f"{path}: no keys `ceilings` and `rows`; expected a file of vllm-flashmla bench")
+    if not isinstance(results, dict) or not {head, "rows"} <= results.keys():
+        raise ValueError(f"{path}: no keys `{head}` and `rows`; expected a file of vllm-flashmla bench")
     if not results["rows"]:
         raise ValueError(f"{path}: got no rows, expected at least one measured case")
     return results

@@ -1,12 +1,12 @@
-"""The command line: `vllm-flashmla doctor | demo | bench | plan`. One file per command."""
+"""The command line: `vllm-flashmla doctor | demo | bench | soak | plan`. One file per command."""
 
 from __future__ import annotations
 
 import argparse
 
-from . import bench, demo, doctor, plan
+from . import bench, demo, doctor, plan, soak
 
-COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "plan": plan}
+COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "soak": soak, "plan": plan}
 """Name of each command and its module: `HELP`, `add_arguments(parser)`, `run(args) -> exit status`."""
 
 

@@ -1,11 +1,13 @@
-"""`vllm-flashmla bench`: our kernels and the peers' on the same tensors, against targets and ceilings."""
+"""`vllm-flashmla bench`: our kernels and the peers' on the same tensors, against targets and ceilings.
+
+`bench --serve`, which times decode steps of whole vLLM instead, is in `bench_serve`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import subprocess
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..bench.cases import ROWS
-from .environment import describe, device, installed_version
+from . import bench_serve
+from .environment import VLLM, commit, describe, device, installed_version
 
 if TYPE_CHECKING:
     from ..bench.clock import GpuMonitor
@@ -43,10 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build-limit", type=float, default=240, metavar="SECONDS", help="for a peer's compiling (240)"
     )
+    bench_serve.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show; 0 if every result of ours was right, whatever its speed."""
+    if args.serve:
+        return bench_serve.run(args)
     peers = [name for name in args.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         raise SystemExit(f"--peers has {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")
@@ -84,6 +90,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     timer = measure.Timer(device(), monitor, args.repeat)
     loaded, missing = peers.load(["ours", *peer_names], device(), args.build_limit)
     results = describe_run(args, monitor) | {
+        "repeat": args.repeat,
         "missing": missing,
         "ceilings": measure.ceilings(timer, device()),
         "plan": measure.plan_launches(timer, device()),
@@ -103,43 +110,31 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     return path
 
 
-def describe_run(args: argparse.Namespace, monitor: GpuMonitor) -> dict:
-    """Machine, versions and settings, as they stand at the head of a results file."""
+def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
+    """Machine and versions, as they stand at the head of a results file; no monitor without a GPU."""
     import torch
 
     return {
-        "gpu": torch.cuda.get_device_name(device()),
+        "gpu": torch.cuda.get_device_name(device()) if monitor else None,
         "device": describe(device()),
-        "driver": monitor.driver(),
+        "driver": monitor.driver() if monitor else None,
         "torch": torch.__version__,
-        "vllm": version_of("vllm"),
+        "vllm": version_of(*VLLM),
         "flashinfer": version_of("flashinfer-python"),
         "package": version_of("vllm-flashmla-backend"),
         "commit": args.commit or commit(),
         "date": date.today().isoformat(),
-        "repeat": args.repeat,
     }
 
 
-def version_of(name: str) -> str | None:
-    found = installed_version(name)
+def version_of(*names: str) -> str | None:
+    found = installed_version(*names)
     return found.split()[-1] if found else None
 
 
-def commit() -> str | None:
-    """The commit that this code lies in a checkout of, marked where files differ from it."""
-    where = str(Path(__file__).parent)
-    # describe, for it tells whether files differ; with tags left out, it gives the bare commit.
-    command = ["git", "-C", where, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def unused_path(directory: Path, gpu: str, day: str) -> Path:
-    """`<gpu>-<date>.json`, numbered from the second run of a day on."""
-    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}"
+def unused_path(directory: Path, gpu: str, day: str, kind: str = "") -> Path:
+    """`<gpu>-<date><kind>.json`, numbered from the second run of a day on."""
+    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}{kind}"
     path, number = directory / f"{name}.json", 2
     while path.exists():
         path, number = directory / f"{name}-{number}.json", number + 1

@@ -1,0 +1,212 @@
+"""`vllm-flashmla bench --serve`: what its rows come to, how runs join, and a run of whole vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
+from vllm_flashmla_backend.bench.serve import Job
+from vllm_flashmla_backend.cli import bench_serve, main
+
+ON_GPU = torch.cuda.is_available()
+HEAD = {
+    "gpu": "NVIDIA H200",
+    "driver": "made up",
+    "torch": "made up",
+    "vllm": "made up",
+    "commit": "0" * 40,
+    "date": "2000-01-01",
+    "model": {"layers": 16},
+}
+
+
+def row(backend: str, ms: float, h: int = 16, b: int = 1, context: int = 1024) -> dict:
+    shape = {"h": h, "b": b, "context": context}
+    return shape | {"backend": backend, "ms_per_step": ms, "ms_quartiles": [ms, ms], "steps": 32}
+
+
+def results(*rows: dict, **other) -> dict:
+    return HEAD | {"rows": list(rows), "skipped": [], "failures": []} | other
+
+
+def job(**other) -> Job:
+    fields = dict(backend="ours", model=str(serve.MODEL), layers=2, heads=(16,), batches=(1,), contexts=(64,))
+    return Job(**fields | dict(steps=8, row_seconds=60) | other)
+
+
+def test_default_rows_are_those_of_the_issue():
+    assert (serve.HEADS, serve.BATCHES, serve.CONTEXTS) == (
+        (16, 128),
+        (1, 16, 64, 128),
+        (1024, 8192, 32768),
+    )
+    assert serve.PEERS["cuda"] == ("FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA")
+
+
+def test_model_has_the_attention_of_deepseek_v3():
+    shape = serve.model_shape(serve.MODEL, 16)
+    attention = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    assert [shape[name] for name in attention] == [1536, 512, 128, 64, 128]
+    assert (shape["layers"], shape["hidden_size"]) == (16, 7168)
+
+
+def test_ratio_is_the_best_peers_time_over_ours():
+    made = results(row("ours", 2.0), row("FLASHMLA", 5.0), row("FLASH_ATTN_MLA", 3.0))
+    (comparison,) = serve_report.compare(made)
+    assert comparison.best["backend"] == "FLASH_ATTN_MLA"
+    assert comparison.ratio == 1.5
+
+
+def test_attention_bound_is_a_step_twice_as_long_as_at_the_shortest_context():
+    rows = [row("ours", 1.0, context=context) for context in (1024, 8192, 32768)]
+    rows += [row("FLASHMLA", ms, context=c) for c, ms in ((1024, 1.0), (8192, 1.9), (32768, 2.0))]
+    rows += [row("FLASHMLA", 9.0, b=64)]  # another batch, whose shortest context this is
+    bound = {(c.b, c.context): c.attention_bound for c in serve_report.compare(results(*rows))}
+    assert bound == {(1, 1024): False, (1, 8192): False, (1, 32768): True, (64, 1024): False}
+
+
+def test_summary_names_means_rows_left_out_and_failures(tmp_path, capsys):
+    rows = [row("ours", 1.0), row("FLASHMLA", 1.21), row("ours", 2.0, context=8192)]
+    rows += [row("FLASHMLA", 3.2, context=8192)]
+    skipped = row("TRITON_MLA", 0.0) | {"reason": "needs 9 blocks"}
+    failure = {"backend": "FLASH_ATTN_MLA", "error": "ended with status 1", "log": ""}
+    path = tmp_path / "r.json"
+    report.save(results(*rows, skipped=[skipped], failures=[failure]), path)
+    assert main(["bench", "--serve", "--plot", str(path), "--no-plots"]) == 0
+    said = capsys.readouterr().out
+    assert "in 2 of 2 rows" in said
+    assert "geometric mean over 1 attention-bound rows: 1.600; goal 1.15 ✓" in said
+    assert "geometric mean over 2 all rows: 1.391" in said
+    assert "TRITON_MLA left out at h=16 b=1 context=1024: needs 9 blocks" in said
+    assert "FLASH_ATTN_MLA failed: ended with status 1" in said
+
+
+def test_run_in_which_ours_failed_is_told_by_the_exit_status(tmp_path):
+    failure = {"backend": "ours", "error": "ended with status 1", "log": ""}
+    report.save(results(row("FLASHMLA", 1.0), failures=[failure]), tmp_path / "r.json")
+    assert main(["bench", "--serve", "--plot", str(tmp_path / "r.json"), "--no-plots"]) == 1
+
+
+def test_picture_has_a_bar_for_each_peer_and_shape():
+    rows = [row(backend, ms, h) for h in (16, 128) for backend, ms in (("ours", 2.0), ("FLASHMLA", 3.0))]
+    rows += [row("TRITON_MLA", 12.0, h=128)]
+    figure = serve_plot.step_bars(results(*rows))
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[1.5], [1.5, serve_plot.TALLEST]]
+    assert "6.00" in [text.get_text() for text in figure.axes[1].texts]
+
+
+def test_rows_of_a_later_run_replace_those_of_the_same_shape_and_backend():
+    made = results(row("ours", 2.0), row("FLASHMLA", 3.0))
+    serve.add(made, "rows", row("ours", 1.0))
+    serve.add(made, "skipped", row("FLASHMLA", 0.0) | {"reason": "memory"})
+    assert made["rows"] == [row("ours", 1.0)]
+    assert [entry["backend"] for entry in made["skipped"]] == ["FLASHMLA"]
+
+
+@pytest.mark.parametrize(
+    "change, joins",
+    [
+        ({}, True),
+        ({"date": "2000-01-02"}, True),
+        ({"commit": "1" * 40}, False),
+        ({"driver": "newer"}, False),
+        ({"model": {"layers": 8}}, False),
+        ({"commit": "0" * 40 + "-dirty"}, False),
+        ({"commit": None}, False),
+    ],
+)
+def test_runs_join_where_machine_versions_model_and_commit_are_the_same(tmp_path, change, joins):
+    path = tmp_path / "nvidia-h200-2000-01-01-serve.json"
+    report.save(results(row("ours", 1.0)), path)
+    assert serve.mergeable(tmp_path, HEAD | change) == (path if joins else None)
+
+
+def test_uncommitted_code_joins_not_even_itself(tmp_path):
+    head = HEAD | {"commit": "0" * 40 + "-dirty"}
+    report.save(results(row("ours", 1.0)) | head, tmp_path / "nvidia-h200-2000-01-01-serve.json")
+    assert serve.mergeable(tmp_path, head) is None
+
+
+def test_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
+    reports = list(serve.measure(job(model=str(tmp_path))))  # no config.json there
+    assert [*reports[-1]] == ["failure"]
+    assert "status 1" in reports[-1]["failure"]["error"]
+    assert str(tmp_path) in reports[-1]["failure"]["log"]
+
+
+def test_process_that_reports_nothing_is_ended():
+    (failure,) = serve.measure(job(), silence_seconds=1)
+    assert failure["failure"]["error"] == "reported nothing for 1 s"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--backends", "ours,FASTEST"], "--backends has FASTEST"),
+        (["--layers", "0"], "--layers is 0"),
+        (["--steps", "7"], "--steps is 7, expected at least 8"),
+        (["--model", "/nowhere"], "--model is /nowhere"),
+        (["--plot", "/nowhere/r.json"], "/nowhere/r.json"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["bench", "--serve", *options])
+
+
+def test_numbers_are_numbers_from_1():
+    assert bench_serve.numbers("16,128") == (16, 128)
+    for wrong in ("16,,128", "0", "-1", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected numbers from 1"):
+            bench_serve.numbers(wrong)
+
+
+def small_model(directory: Path) -> Path:
+    """DeepSeek-V3's attention in a model that a CPU can run."""
+    config = json.loads((serve.MODEL / "config.json").read_text())
+    config |= {"hidden_size": 256, "intermediate_size": 256, "q_lora_rank": 64}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.slow
+@(pytest.mark.gpu if ON_GPU else lambda test: test)
+def test_vllm_is_timed_with_the_plugin_and_without(tmp_path, capfd):
+    """Each backend's own class must have run, at every shape that fits; a second run joins the first."""
+    peer = "FLASHMLA" if ON_GPU else "CPU_MLA"
+    model = small_model(tmp_path / "model")
+    options = [
+        "bench",
+        "--serve",
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--commit",
+        "f" * 40,
+    ]
+    options += ["--layers", "1", "--heads", "16", "--contexts", "70,300", "--steps", "8", "--no-plots"]
+    assert main([*options, "--batches", "1,3", "--backends", "ours"]) == 0
+    assert main([*options, "--batches", "3", "--backends", peer]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    made = report.read(path, head="model")
+    assert [(r["b"], r["context"], r["backend"]) for r in made["rows"]] == [
+        (1, 70, "ours"),
+        (1, 300, "ours"),
+        (3, 70, "ours"),
+        (3, 70, peer),
+        (3, 300, "ours"),
+        (3, 300, peer),
+    ]
+    assert all(0 < r["ms_per_step"] < 1000 and r["steps"] == 8 for r in made["rows"])
+    for each in made["rows"]:
+        assert each["class"].startswith("vllm_flashmla_backend.") == (each["backend"] == "ours")
+    assert "of 2 rows" in capfd.readouterr().out

