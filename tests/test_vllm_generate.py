@@ -117,25 +117,6 @@ def test_preempted_requests_give_the_logprobs_of_undisturbed_ones():
     assert largest_difference(answers, expected) < BOUND[DTYPE]
 
 
-def test_drafts_of_different_lengths_give_the_logprobs_without_drafts(record):
-    """Known failure 4: n-gram drafts, of a length of their own for each sequence, verified in one call."""
-    lengths = [20 + 9 * i for i in range(12)]
-    options = dict(dtype=DTYPE, max_num_batched_tokens=2048)
-    with engine("FLASHMLA", **options) as llm:
-        prompts = [
-            {"prompt_token_ids": 2 * prompt["prompt_token_ids"]} for prompt in random_prompts(llm, lengths)
-        ]
-        expected = generate(llm, prompts, max_tokens=24)
-    record.steps.clear()
-    drafts = dict(method="ngram", num_speculative_tokens=4, prompt_lookup_max=2, prompt_lookup_min=1)
-    with engine("FLASHMLA", speculative_config=drafts, **options) as llm:
-        answers = generate(llm, prompts, max_tokens=24)
-    queries = [step.decode for step in record.steps if step.num_decodes]
-    assert any(decode.cu_seqlens_q is not None for decode in queries), "no step had ragged queries"
-    assert max(decode.query_len for decode in queries) > 2
-    assert largest_difference(answers, expected) < BOUND[DTYPE]
-
-
 def _count_preemptions(llm) -> list[str]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     preempt, preempted = scheduler._preempt_request, []
