@@ -27,7 +27,7 @@ CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 LIBRARY = "vllm_flashmla_backend.flash_mla._kernels"
 
-OLDEST_CUDA = (12, 4)  # the first whose CCCL has what csrc/sm90 uses of <cuda/ptx>
+OLDEST_CUDA = (12, 4)  # the oldest whose headers have all that csrc uses
 TVM_FFI = "0.1.10"  # the oldest runtime we support, and what vLLM 0.26 pins; newer ones load its libraries
 PROCESSES = 2  # compilers at once: each needs about 1 GB
 

@@ -65,9 +65,10 @@ void check_alignment(const char* name, const TensorView& tensor) {
 
 // Rows of the plan are read whole.
 void check_plan(const TensorView& tile_scheduler_metadata) {
-    MLA_CHECK(tile_scheduler_metadata.IsContiguous() &&
-                  reinterpret_cast<uintptr_t>(data<void>(tile_scheduler_metadata)) % alignof(PartPlan) == 0,
-              "tile_scheduler_metadata: it must be contiguous and its address a multiple of 32 bytes");
+    MLA_CHECK(
+        tile_scheduler_metadata.size(0) > 0 && tile_scheduler_metadata.IsContiguous() &&
+            reinterpret_cast<uintptr_t>(data<void>(tile_scheduler_metadata)) % alignof(PartPlan) == 0,
+        "tile_scheduler_metadata: it must have rows, be contiguous, and its address a multiple of 32 bytes");
 }
 
 cudaStream_t current_stream(const TensorView& tensor) {
@@ -80,8 +81,12 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                     cudaEnableDefault, &found));
+#else  // CUDA 12.4 has only this one, and 13 has it no more
+        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
         MLA_CHECK(found == cudaDriverEntryPointSuccess,
                   "the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
         return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
@@ -145,11 +150,12 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     check_alignment("q_pe", q_pe);
     check_alignment("k_cache", k_cache);
     check_alignment("out", out);
-    MLA_CHECK(k_cache.size(2) > 0 && heads % k_cache.size(2) == 0,
+    MLA_CHECK(heads > 0 && k_cache.size(2) > 0 && heads % k_cache.size(2) == 0,
               "q has " << heads << " heads, not a multiple of k_cache's " << k_cache.size(2));
     check_plan(tile_scheduler_metadata);
     MLA_CHECK(seq_lens.IsContiguous() && out_partial.IsContiguous() && lse_partial.IsContiguous(),
               "cache_seqlens, out_partial and lse_partial must be contiguous");
+    MLA_CHECK(max_query_len > 0, "max_query_len: got " << max_query_len);
     if (cu_seqlens_q) {
         check("cu_seqlens_q", *cu_seqlens_q, {batch + 1}, kDLInt, 32);
     } else {
@@ -164,7 +170,6 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an octet.
     const int64_t partial_rows = (num_row_tiles - 1) * kTileRows +
                                  ceil_div(std::min<int64_t>(kTileRows, max_query_len * group), 8) * 8;
-    MLA_CHECK(max_query_len > 0, "max_query_len: got " << max_query_len);
     MLA_CHECK(parts == 1 || out_partial.size(1) >= partial_rows,
               "out_partial: unexpected " << describe(out_partial));
     // Small boxes, of one group of columns after the other, suit the memory; few boxes, where pages are read
@@ -187,7 +192,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .query_len = static_cast<int>(max_query_len),
         .num_tokens = static_cast<int>(tokens),
         .num_heads = static_cast<int>(heads),
-        .num_kv_heads = static_cast<int>(k_cache.size(2)),
+        .num_kv_heads = static_cast<int>(num_kv_heads),
         .num_parts = static_cast<int>(parts),
         .num_slots = static_cast<int>(out_partial.size(0)),
         .partial_rows = static_cast<int>(out_partial.size(1)),

@@ -78,7 +78,7 @@ struct DecodeParams {
 };
 
 // The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x
-// one page's tokens.
+// `box_tokens` of a page.
 struct DecodeMaps {
     CUtensorMap q_nope;  // 512 columns x h_q x s_q x b
     CUtensorMap q_pe;    // 64 columns x h_q x s_q x b

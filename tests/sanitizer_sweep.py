@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from mla_cases import Case, assert_agree, expected, make_inputs, run
+from mla_cases import Case, assert_agree, expected, make_inputs, run, run_ragged
 
 CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
@@ -11,10 +11,15 @@ CASES = [
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
+    Case((128,) * 66, h_q=16),  # two splits each, whose blocks exchange halves
+    Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for
 ]
+RAGGED = Case((700, 65, 3), s_q=5, h_q=20, causal=True)
 
 if __name__ == "__main__":
     for case in CASES:
         inputs = make_inputs(case, torch.device("cuda", 0))
         assert_agree(run(case, inputs), expected(case, inputs))
         print(case, flush=True)
+    for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):
+        assert out.isfinite().all() and not lse.isnan().any()

@@ -26,9 +26,10 @@ from vllm_flashmla_backend.flash_mla import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from vllm_flashmla_backend.flash_mla.interface import plan_into
+from vllm_flashmla_backend.flash_mla.interface import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
+from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -50,6 +51,9 @@ EXTREMES = [
     Case((700, 701), s_q=8, h_q=128, causal=True),  # 1,024 rows that share a KV head
     Case((70,) * 150, h_q=4),  # many more sequences than parts
     Case((5000,) + (1,) * 40, h_q=20),  # one that outlasts the rest of its batch
+    Case((700, 300), s_q=4, h_q=48, causal=True),  # a token fills no tile: more of them than were planned for
+    Case((700, 64), s_q=2, h_q=65, causal=True),  # a tile of one head
+    Case((300, 7), s_q=128, h_q=4, causal=True),  # more query tokens than keys
 ]
 ALL = HEADS + QUERY_LENGTHS + KV_HEADS + LAYOUTS + FLOAT16 + EXTREMES
 
@@ -144,6 +148,48 @@ def test_sequences_with_different_query_lengths_agree_with_one_at_a_time(h_q, ca
             causal,
         )
         assert_agree(got, want)
+
+
+def test_different_query_lengths_with_several_kv_heads(device):
+    query_lens = (2, 0, 5)
+    case = Case((700, 64, 3), s_q=5, h_q=12, h_kv=3, causal=True)
+    inputs = make_inputs(case, device)
+    for i, (query_len, got) in enumerate(zip(query_lens, run_ragged(case, inputs, query_lens), strict=True)):
+        tensors = (inputs.k_cache, inputs.block_table[i : i + 1], inputs.cache_seqlens[i : i + 1])
+        assert_agree(got, naive_attention(inputs.q[i : i + 1, :query_len], *tensors, SCALE, True))
+
+
+@pytest.mark.parametrize("h_q", [5, 16, 128])
+@pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 16, 33, 66])
+def test_any_number_of_splits_is_merged(splits, h_q, device):
+    """Two, few and many splits are merged in different ways; a split a page, the last page not full."""
+    parts = num_parts(device, h_q, 1)
+    if splits > parts:
+        pytest.skip(f"there are {parts} parts here")
+    case = Case((splits * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
+    inputs = make_inputs(case, device)
+    _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
+    assert num_splits.diff().tolist() == [splits] * len(case.lengths)
+    assert_agree(run(case, inputs), expected(case, inputs))
+
+
+@pytest.mark.gpu
+def test_calls_on_two_streams_do_not_disturb_each_other():
+    """Blocks wait for the splits of their own call."""
+    gpu = torch.device("cuda", 0)
+    cases = Case((3000,) * 8), Case((20_000,), h_q=128)
+    inputs = [make_inputs(case, gpu) for case in cases]
+    alone = [run(case, given) for case, given in zip(cases, inputs, strict=True)]
+    streams = [torch.cuda.Stream(gpu) for _ in cases]
+    torch.cuda.synchronize()
+    together = []
+    for _ in range(100):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                together.append((i, run(cases[i], inputs[i])))
+    torch.cuda.synchronize()
+    for i, (out, lse) in together:
+        assert torch.equal(out, alone[i][0]) and torch.equal(lse, alone[i][1])
 
 
 @pytest.mark.gpu

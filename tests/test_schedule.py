@@ -185,7 +185,7 @@ def test_merging_any_split_equals_not_splitting(lengths, s_q, parts):
             **vars(inputs),
             cu_seqlens_q=None,
             max_query_len=s_q,
-            **dict(zip(("tile_scheduler_metadata", "num_splits"), plan(lengths, count), strict=True)),
+            tile_scheduler_metadata=plan(lengths, count)[0],
             out=out,
             lse=lse,
             softmax_scale=SCALE,

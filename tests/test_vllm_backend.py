@@ -255,28 +255,58 @@ def test_an_fp8_cache_goes_to_vllms_own_classes(monkeypatch):
     assert metadata.FlashMLAMetadataBuilder(spec, ["layer"]) == ("vLLM's builder", (spec, ["layer"]))
 
 
-def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch):
+def make_builder(monkeypatch, dcp_world_size: int = 1):
+    """A builder of 16 heads, and what it asked `num_parts` for."""
+
     def common_init(self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls):
-        self.num_heads, self.dcp_world_size, self.device = 16, 4, device
+        self.num_heads, self.dcp_world_size, self.device = 16, dcp_world_size, device
 
     asked = []
     monkeypatch.setattr(mla_attention.MLACommonMetadataBuilder, "__init__", common_init)
     monkeypatch.setattr(metadata, "num_parts", lambda device, rows, kv_heads: asked.append(rows) or 8)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
     spec, device = SimpleNamespace(cache_dtype_str="auto"), torch.device("cpu")
-    builder = metadata.FlashMLAMetadataBuilder(spec, ["layer"], config, device)
-    decode = builder._build_decode(
+    return metadata.FlashMLAMetadataBuilder(spec, ["layer"], config, device), asked
+
+
+def build_decode(builder, query_begin: list[int], num_decode_tokens: int):
+    return builder._build_decode(
         block_table_tensor=torch.zeros(2, 1, dtype=torch.int32),
         seq_lens_device=torch.tensor([5, 70], dtype=torch.int32),
         max_seq_len=70,
-        query_start_loc_cpu=torch.tensor([0, 3, 6]),
-        query_start_loc_device=torch.tensor([0, 3, 6]),
-        num_decode_tokens=6,
+        query_start_loc_cpu=torch.tensor(query_begin),
+        query_start_loc_device=torch.tensor(query_begin),
+        num_decode_tokens=num_decode_tokens,
         dcp_tot_seq_lens_device=None,
         **({"max_query_len": 3} if "max_query_len" in _build_decode_parameters() else {}),
     )
+
+
+def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch):
+    builder, asked = make_builder(monkeypatch, dcp_world_size=4)
+    decode = build_decode(builder, [0, 3, 6], 6)
     assert asked == [16 * 4, 3 * 16 * 4]
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
+
+
+@pytest.mark.parametrize(
+    ("query_begin", "tokens", "query_len", "is_ragged"),
+    [
+        ([0, 3, 6], 6, 3, False),
+        ([0, 1, 1], 2, 1, False),  # a captured graph's padding: a row of q, but no query
+        ([0, 3, 4], 4, 3, True),
+        ([0, 3, 4], 6, 3, True),  # and padding behind them
+        ([0, 0, 2], 2, 2, True),
+        ([0, 0, 2], 4, 2, True),  # as many tokens as if uniform, but not where they would be
+    ],
+)
+def test_the_builder_tells_ragged_queries_from_padded_ones(
+    query_begin, tokens, query_len, is_ragged, monkeypatch
+):
+    decode = build_decode(make_builder(monkeypatch)[0], query_begin, tokens)
+    assert decode.query_len == query_len
+    assert (decode.cu_seqlens_q is not None) == is_ragged
+    assert decode.num_query_tokens == query_begin[-1]
 
 
 def _build_decode_parameters():

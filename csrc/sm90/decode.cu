@@ -1,10 +1,12 @@
 // Split-KV MLA decode for Hopper: one block of three warpgroups works on 64 query rows of one KV head and one
-// part of the plan. Two consumers share the output's 512 columns; a producer keeps two pages of the cache
-// arriving. Both products run on wgmma, pages come through the copy engine.
+// part of the plan, and merges its share of what several parts worked on. Two consumers share the output's
+// 512 columns; a producer keeps two pages of the cache arriving. Both products run on wgmma, pages come
+// through the copy engine.
 #include <algorithm>
 #include <atomic>
 
 #include "../cuda_check.h"
+#include "arrivals.cuh"
 #include "consumers.cuh"
 #include "loader.cuh"
 #include "merge.cuh"

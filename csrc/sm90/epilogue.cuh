@@ -29,11 +29,6 @@ __device__ inline T* out_of(const DecodeParams& params, int seq, const Row& row)
            (query.token + row.token) * params.out_stride[1] + row.head * params.out_stride[2];
 }
 
-// Waits for the other threads of a consumer warpgroup; barrier 0 is __syncthreads'.
-__device__ inline void sync_warpgroup(int consumer) {
-    asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
-}
-
 // Segments begin 16 bytes further in each of 8 neighbouring rows, and wrap around: no bank conflicts.
 __device__ inline int rotation(int row_of_tile) {
     return row_of_tile % 8 * 16;

@@ -1,49 +1,31 @@
 // The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i with
 // w_i = exp(lse_i - lse), lse = log sum_i exp(lse_i).
 //
-// A warpgroup that has written its half of a partial signals that and works on. At its end it waits until all
-// splits of its first and last sequence are written, and merges its share of their rows: all SMs merge, and
-// no second kernel has to be launched. All blocks of a launch run at the same time (it is a cooperative one),
-// so waiting ends.
+// A warpgroup that has written its half of a partial says so (arrivals.cuh) and works on. At its end it waits
+// until all splits of its first and last sequence are written, and merges its share of their rows: all SMs
+// merge, and no second kernel has to be launched.
 #pragma once
 
+#include <cmath>
+
+#include "arrivals.cuh"
 #include "epilogue.cuh"
 
 namespace mla {
 
-constexpr int kMaxBlocks = 256;       // of a launch with splits; more than a Hopper GPU has SMs
-constexpr int kArrivalsSlots = 1024;  // launches that may be under way together without sharing counters
-constexpr uint32_t kAllArrived = 1u << 31;
+// Some splits of a row merged, in a lane's columns: the sum of weight * value, relative to the weight
+// exp(max).
+template <int kVectors>
+struct MergeState {
+    float4 sum[kVectors] = {};
+    float max = -INFINITY;
+    float weight = 0.f;
+};
 
-// A counter for each block, used for the sequence that is cut at its part's end. When all have arrived its
-// top bit flips and the rest is zero again: no launch has to reset it.
-__device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
-
-__device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {
-    const int first_part = max(0, static_cast<int>(blockIdx.y) - place.index);
-    return &g_arrivals[params.arrivals_slot][first_part * gridDim.x + blockIdx.x];
-}
-
-// Says that this warpgroup's half of a partial is written. Remembers what the counter was.
-__device__ inline void arrive(const DecodeParams& params, SharedStorage& shared, const Split& split,
-                              const SplitPlace& place, int consumer) {
-    sync_warpgroup(consumer);
-    if (threadIdx.x % kWarpgroup != 0) return;
-    const uint32_t others = place.num_splits * kConsumers - 1;
-    const bool is_first = place.index == 0 && consumer == 0;
-    shared.tickets[consumer][split.seq != shared.plan.first_seq] =
-        ptx::signal_add(arrivals_of(params, place), is_first ? kAllArrived - others : 1);
-}
-
-// All warps look for themselves, and by a vote: a loop that lanes leave one by one would cost the kernel's
-// main loop its uniform registers.
-__device__ inline void wait_for_all(const DecodeParams& params, const SharedStorage& shared,
-                                    const Split& split, const SplitPlace& place, int consumer) {
-    sync_warpgroup(consumer);  // the ticket is there
-    const uint32_t before = shared.tickets[consumer][split.seq != shared.plan.first_seq];
-    const uint32_t* counter = arrivals_of(params, place);
-    while (!__all_sync(~0u, ((ptx::signal_read(counter) ^ before) & kAllArrived) != 0)) {
-    }
+// Where a consumer's warps put merged splits together, all but the first one's: in the query's place, which
+// is not needed any more.
+__device__ inline MergeState<1>* merge_scratch(SharedStorage& shared, int consumer) {
+    return reinterpret_cast<MergeState<1>*>(shared.q) + consumer * (kWarpgroup - 32);
 }
 
 // Adds splits whose weight is weight * exp(lse), relative to which their values are summed up.
@@ -235,7 +217,7 @@ __device__ inline void merge_splits(const DecodeParams& params, SharedStorage& s
         if (place.num_splits <= kFewSplits) {
             merge_wide<T>(params, tile, split, place, consumer);
         } else {
-            merge_deep<T>(params, tile, split, place, consumer, shared.merge_scratch(consumer));
+            merge_deep<T>(params, tile, split, place, consumer, merge_scratch(shared, consumer));
         }
     });
 }

@@ -1,4 +1,5 @@
-// The PTX that the decode kernel needs: mbarriers, bulk tensor copies, wgmma, register hand-over.
+// The PTX that the decode kernel needs, but for its products (wgmma.cuh): mbarriers, signals between blocks,
+// bulk tensor copies, register hand-over, approximate functions.
 #pragma once
 
 #include <cuda.h>
@@ -88,7 +89,8 @@ __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64
         : "memory");
 }
 
-// Orders this thread's ordinary shared-memory writes before later reads by wgmma or the copy engine.
+// Orders this thread's ordinary accesses of shared memory before later ones by wgmma or the copy engine: what
+// it wrote is what these read, and what it read is not overwritten yet.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -109,6 +111,8 @@ template <int kRegisters>
 __device__ inline void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+// ---- approximate functions ----
 
 __device__ inline float exp2_approx(float x) {
     float y;

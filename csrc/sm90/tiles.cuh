@@ -5,7 +5,6 @@
 // the latent part, which is also V, tile 8 is the rope part.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "../params.h"
@@ -32,15 +31,6 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 // it, the rope tile once the weights that took its place are read.
 enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 
-// Some splits of a row merged, in a lane's columns: the sum of weight * value, relative to the weight
-// exp(max).
-template <int kVectors>
-struct MergeState {
-    float4 sum[kVectors] = {};
-    float max = -INFINITY;
-    float weight = 0.f;
-};
-
 struct SharedStorage {
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
@@ -48,21 +38,20 @@ struct SharedStorage {
     // output before the page is added, and after the last.
     float2 scale[kStages][kWarpgroup];
     float2 normalizer[kStages][kWarpgroup];
-    uint32_t tickets[kConsumers][2];  // merge.cuh: of the part's first sequence and of its last
+    uint32_t tickets[kConsumers][2];  // arrivals.cuh: of the part's first sequence and of its last
     PartPlan plan;
     uint64_t q_empty;
     uint64_t k_full[kStages][kTiles];
     uint64_t k_empty[kStages][kTileGroups];
     uint64_t weights_full[kStages];
     uint64_t normalizer_full[kStages];
-
-    // Where a consumer's warps put merged splits together, all but the first one's: in the query's place,
-    // which is not needed any more.
-    __device__ MergeState<1>* merge_scratch(int consumer) {
-        return reinterpret_cast<MergeState<1>*>(q) + consumer * (kWarpgroup - 32);
-    }
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024, "exceeds the shared memory of a thread block");
+
+// Waits for the other threads of a consumer warpgroup; barrier 0 is __syncthreads'.
+__device__ inline void sync_warpgroup(int consumer) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
+}
 
 // A ring of barriers: which slot, and the parity of the round. `wait` before use, `next` after.
 template <int kSlots>

@@ -1,4 +1,4 @@
-// Where a thread block finds its work: its row tiles, and in each the splits of its part.
+// Where a thread block finds its work: its row tile, and the splits of its part.
 #pragma once
 
 #include "../params.h"
@@ -61,7 +61,9 @@ struct Split {
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
 //
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
-// wrong rows, but leads to no memory that is not the call's.
+// wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
+// as which blocks meet is up to the plan and to query lengths, which all of them see alike; never to key
+// lengths.
 template <typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
                                       Work&& work) {

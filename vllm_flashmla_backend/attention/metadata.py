@@ -77,11 +77,13 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         decode = super()._build_decode(**kwargs)
         batch = decode.seq_lens.shape[0]
         query_begin = kwargs["query_start_loc_cpu"]  # (num_decodes + 1,), on the host
-        query_lens = query_begin.diff()
-        max_query_len = int(query_lens.max())
-        # Padded rows of a captured graph have no query token here, but room for them in q.
-        is_uniform = kwargs["num_decode_tokens"] == batch * max_query_len and bool(
-            ((query_lens == max_query_len) | (query_lens == 0)).all()
+        num_query_tokens = int(query_begin[-1])
+        max_query_len = max(1, int(query_begin.diff().max()))
+        # The rows that pad a captured graph's batch come last: no query token here, but room in q.
+        num_queries = num_query_tokens // max_query_len
+        uniform = torch.arange(batch + 1).clamp(max=num_queries) * max_query_len
+        is_uniform = kwargs["num_decode_tokens"] == batch * max_query_len and torch.equal(
+            query_begin.long(), uniform
         )
         parts = num_parts(self.device, max_query_len * self.num_query_heads, 1)
         tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
@@ -93,5 +95,5 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             num_splits=num_splits,
             query_len=max_query_len,
             cu_seqlens_q=None if is_uniform else kwargs["query_start_loc_device"],
-            num_query_tokens=kwargs["num_decode_tokens"] if is_uniform else int(query_begin[-1]),
+            num_query_tokens=num_query_tokens,
         )

@@ -154,11 +154,12 @@ def flash_mla_with_kvcache(
     q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32. The last dimension is
         contiguous; the others have any strides, on a GPU multiples of 16 bytes. So have the cache's.
     k_cache : (pages, 64, h_kv, 576) in q's dtype; V is the first 512 of K.
-    block_table : (b, max_pages) int32; only the first `ceil(length / 64)` of a row are read.
+    block_table : (b, max_pages) int32; only the first `ceil(length / 64)` of a row count.
     cache_seqlens : (b,) int32, tokens in the cache, the new ones included; 0 is allowed.
     head_dim_v : 512.
     tile_scheduler_metadata, num_splits : what `get_mla_metadata` returned for these lengths. On a GPU
-        only their shapes are compared: with a plan of other lengths rows are wrong.
+        only their shapes are compared: with a plan of other lengths rows are wrong, and words that no
+        planner wrote, or only a part of a plan, may leave the kernel waiting for ever.
     softmax_scale : factor on the scores, above 0; 576 ** -0.5 unless given.
     causal : query token i of s_q sees keys up to `length - s_q + i`.
 
@@ -345,7 +346,6 @@ def _decode(
             cu_seqlens_q,
             max_query_len,
             tile_scheduler_metadata,
-            num_splits,
             out,
             lse,
             softmax_scale,

@@ -36,7 +36,6 @@ class DecodeArguments(NamedTuple):
     cu_seqlens_q: torch.Tensor | None  # (b + 1,) int32 if ragged: where each sequence's tokens begin
     max_query_len: int  # s_q, or the largest of a ragged batch
     tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
-    num_splits: torch.Tensor  # (b + 1,) int32
     out: torch.Tensor  # (b, s_q, h_q, 512), written
     lse: torch.Tensor  # (b, h_q, s_q) float32, written
     softmax_scale: float

@@ -22,7 +22,6 @@ def decode(
     cu_seqlens_q: torch.Tensor | None,  # (b + 1,) int32 if ragged
     max_query_len: int,  # s_q, or the largest of a ragged batch; not needed here
     tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32
-    num_splits: torch.Tensor,  # (b + 1,) int32; the rows of the plan say as much
     out: torch.Tensor,  # (b, s_q, h_q, 512) or (1, tokens, h_q, 512), written
     lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, written
     softmax_scale: float,
@@ -42,10 +41,10 @@ def decode(
             entry, tokens = split.seq, slice(None)
         else:
             entry, tokens = 0, slice(query_begin[split.seq], query_begin[split.seq + 1])
-        q_rows = _rows_by_kv_head(q[entry, tokens], num_kv_heads)  # (h_kv, s_q * group, 576)
         s_q = q[entry, tokens].shape[0]
         if s_q == 0:
             continue
+        q_rows = _rows_by_kv_head(q[entry, tokens], num_kv_heads)  # (h_kv, s_q * group, 576)
         begin = split.page_begin * PAGE_SIZE
         end = min(split.page_end * PAGE_SIZE, lengths[split.seq])
         pages = block_table[split.seq, split.page_begin : split.page_end]

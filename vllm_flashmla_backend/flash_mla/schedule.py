@@ -81,7 +81,8 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     num_kv_heads : KV heads, `h_kv`.
 
     Every part is run by `h_kv * ceil(rows / 64)` thread blocks, one for each KV head and
-    tile of 64 rows.
+    tile of 64 rows. Where whole query tokens do not fill the tiles (say 4 of 48 heads) there are more:
+    what does not fit the machine at once is launched after.
     """
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
