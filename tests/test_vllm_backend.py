@@ -289,6 +289,15 @@ def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch)
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
 
 
+@pytest.mark.parametrize("takes_ragged", [True, False])
+def test_kernels_that_take_no_ragged_queries_are_given_none(takes_ragged, monkeypatch):
+    monkeypatch.setattr(metadata, "provider_for", lambda device: SimpleNamespace(takes_ragged=takes_ragged))
+    builder, _ = make_builder(monkeypatch)
+    assert builder.query_len_support is (
+        metadata.QueryLenSupport.VARLEN if takes_ragged else metadata.QueryLenSupport.UNIFORM
+    )
+
+
 @pytest.mark.parametrize(
     ("query_begin", "tokens", "query_len", "is_ragged"),
     [

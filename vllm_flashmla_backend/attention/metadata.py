@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
 from ..flash_mla.interface import num_parts, plan_into
+from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import METADATA_WIDTH
 from .compat import vllm_flashmla_backend
 
@@ -62,6 +63,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
+        if not provider_for(device).takes_ragged:
+            self.query_len_support = QueryLenSupport.UNIFORM  # vLLM prefills what it cannot decode so
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, FlashMLAMetadata)
         # decode context parallelism gathers the heads of its ranks before the kernel runs
         self.num_query_heads = self.num_heads * self.dcp_world_size

@@ -46,6 +46,7 @@ class Provider(Protocol):
     """A set of kernels: it fills a plan's buffers, and decodes by the plan in them."""
 
     name: str
+    takes_ragged: bool  # queries of different lengths
 
     def plan(
         self,
@@ -61,6 +62,7 @@ class NativeProvider:
     """This package's CUDA kernels for Hopper."""
 
     name = "native"
+    takes_ragged = True
 
     def __init__(self, device: torch.device) -> None:
         _require_hopper(self.name, device)
@@ -109,6 +111,7 @@ class ReferenceProvider:
     """PyTorch. On a GPU it reads lengths on the host, so it cannot be captured in a CUDA graph."""
 
     name = "reference"
+    takes_ragged = True
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -133,6 +136,7 @@ class FlashMLAProvider:
     """
 
     name = "flash_mla"
+    takes_ragged = False
 
     def __init__(self, device: torch.device) -> None:
         _require_hopper(self.name, device)
