@@ -15,14 +15,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import PAGE_SIZE
 from . import refusals
-from .compat import OlderHooks
+from .compat import SomeVersionsHooks
 from .impl import FlashMLAImpl
 from .metadata import FlashMLAMetadataBuilder
 
 HEAD_SIZE = 576  # kv_lora_rank 512 + qk_rope_head_dim 64
 
 
-class FlashMLABackend(OlderHooks, MLACommonBackend):
+class FlashMLABackend(SomeVersionsHooks, MLACommonBackend):
     """MLA decode on pages of 64 tokens: our kernels on Hopper, PyTorch on a CPU.
 
     A device capability of None stands for a CPU in the hooks below.
@@ -60,11 +60,6 @@ class FlashMLABackend(OlderHooks, MLACommonBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         return [PAGE_SIZE]
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        # The plan and the grid take the largest query length from the host.
-        return False
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:

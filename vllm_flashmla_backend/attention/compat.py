@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
 
 
-class OlderHooks:
-    """Hooks of a backend class that later versions of vLLM do not ask for any more."""
+class SomeVersionsHooks:
+    """Hooks of a backend class that only some versions of vLLM ask for."""
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Whether query lengths on the device may be less than on the host; asked from 0.30 on.
+
+        No: the plan and the kernels' grid take the largest one from the host.
+        """
+        return False
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
