@@ -17,6 +17,7 @@ from vllm_flashmla_backend.bench import cases, clock, measure, peers, report
 from vllm_flashmla_backend.bench.cases import ALSO, REGIMES, TABLE, Case
 from vllm_flashmla_backend.bench.inputs import make_inputs, reference, relative_error
 from vllm_flashmla_backend.cli import bench, main
+from vllm_flashmla_backend.cli.results import unused_path
 
 FILE_KEYS = {"gpu", "driver", "torch", "vllm", "flashinfer", "commit", "ceilings", "rows"}
 ROW_KEYS = {"b", "s_q", "s_k", "h_q", "dtype", "varlen", "peer", "us", "tflops", "gbps", "rel_err"}
@@ -191,10 +192,10 @@ def test_pictures_show_every_case(tmp_path, capsys):
 
 
 def test_second_run_of_a_day_keeps_the_first(tmp_path):
-    first = bench.unused_path(tmp_path, "NVIDIA H200", "2000-01-01")
+    first = unused_path(tmp_path, "NVIDIA H200", "2000-01-01")
     assert first.name == "nvidia-h200-2000-01-01.json"
     first.touch()
-    assert bench.unused_path(tmp_path, "NVIDIA H200", "2000-01-01").name == "nvidia-h200-2000-01-01-2.json"
+    assert unused_path(tmp_path, "NVIDIA H200", "2000-01-01").name == "nvidia-h200-2000-01-01-2.json"
 
 
 def test_run_that_is_cut_off_leaves_what_it_had(tmp_path, monkeypatch):

@@ -322,17 +322,21 @@ def _build_decode_parameters():
     return inspect.signature(mla_attention.MLACommonMetadataBuilder._build_decode).parameters
 
 
+def make_layer_and_step(lengths: list[int], block_table: list[list[int]], *queries):
+    """A layer without weights, and a planned step of decodes; `queries`: the metadata's last three fields."""
+    layer = object.__new__(impl.FlashMLAImpl)
+    layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
+    seq_lens, table = (torch.tensor(values, dtype=torch.int32) for values in (lengths, block_table))
+    buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    metadata.plan_into(seq_lens, *buffers)
+    decode = metadata.FlashMLADecodeMetadata(table, seq_lens, None, *buffers, *queries)
+    return layer, SimpleNamespace(decode=decode, num_decodes=len(lengths))
+
+
 def test_decode_takes_q_in_one_tensor_too_and_returns_lse_by_token():
     """Decode context parallelism gathers q as one tensor, and reduces out and lse by token."""
     torch.manual_seed(0)
-    layer = object.__new__(impl.FlashMLAImpl)
-    layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
-    seq_lens = torch.tensor([100, 7, 0], dtype=torch.int32)
-    buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    metadata.plan_into(seq_lens, *buffers)
-    block_table = torch.tensor([[1, 2], [3, -1], [-1, -1]], dtype=torch.int32)
-    decode = metadata.FlashMLADecodeMetadata(block_table, seq_lens, None, *buffers, 2, None, 6)
-    step = SimpleNamespace(decode=decode, num_decodes=3)
+    layer, step = make_layer_and_step([100, 7, 0], [[1, 2], [3, -1], [-1, -1]], 2, None, 6)
     q, cache = torch.randn(6, 4, 576), torch.randn(4, 64, 576)
     out, lse = layer.forward_mqa(q, cache, step, None)
     split_out, split_lse = layer.forward_mqa(q.split([512, 64], dim=-1), cache, step, None)
@@ -346,15 +350,8 @@ def test_decode_takes_q_in_one_tensor_too_and_returns_lse_by_token():
 def test_sequences_with_different_query_lengths_decode_together():
     """Known failure 4: drafts of different lengths, one sequence without any, and padding at the end."""
     torch.manual_seed(0)
-    layer = object.__new__(impl.FlashMLAImpl)
-    layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
-    seq_lens = torch.tensor([100, 7, 70], dtype=torch.int32)
-    buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    metadata.plan_into(seq_lens, *buffers)
-    block_table = torch.tensor([[1, 2], [3, -1], [4, 5]], dtype=torch.int32)
     begins = torch.tensor([0, 3, 3, 4], dtype=torch.int32)
-    decode = metadata.FlashMLADecodeMetadata(block_table, seq_lens, None, *buffers, 3, begins, 4)
-    step = SimpleNamespace(decode=decode, num_decodes=3)
+    layer, step = make_layer_and_step([100, 7, 70], [[1, 2], [3, -1], [4, 5]], 3, begins, 4)
     q, cache = torch.randn(6, 4, 576), torch.randn(6, 64, 576)
     out, lse = layer.forward_mqa(q, cache, step, None)
     assert out.shape == (6, 4, 512) and lse.shape == (6, 4)

@@ -85,8 +85,9 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             )
             return out, lse.transpose(1, 2).flatten(0, 1)  # (b, h_q, s_q) -> (tokens, h_q)
         used = decode.num_query_tokens
-        out[used:].zero_()  # nothing where there is no padding
-        lse = q_nope.new_full((q_nope.shape[1], q_nope.shape[0]), torch.inf, dtype=torch.float32)
+        lse = q_nope.new_empty(q_nope.shape[1], q_nope.shape[0], dtype=torch.float32)  # (h_q, tokens)
+        out[used:].zero_()  # these launch nothing where there is no padding
+        lse[:, used:].fill_(torch.inf)
         flash_mla_decode_varlen(
             q_nope[:used],
             q_pe[:used],
@@ -97,6 +98,6 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             softmax_scale=self.scale,
             causal=True,
             out=out[:used],
-            lse=lse[:, :used],  # (h_q, tokens)
+            lse=lse[:, :used],
         )
         return out, lse.T

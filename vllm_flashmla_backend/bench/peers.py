@@ -7,8 +7,6 @@ setting that its users choose by the case, `prepare` returns a step for each, an
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -19,6 +17,7 @@ import torch
 
 from ..flash_mla import flash_mla_decode, get_mla_metadata
 from ..flash_mla.schedule import PAGE_SIZE
+from ..processes import stop_group
 from .cases import Case
 from .inputs import SCALE, Inputs
 
@@ -267,7 +266,7 @@ def _run_limited(program: str, seconds: float) -> str | None:
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # compilers that it started, too
+        stop_group(process, patience=5)  # compilers that it started, too
         process.communicate()
         return f"took longer than {seconds:g} s"
     return f"failed: {' / '.join(said.strip().splitlines()[-3:])[:600]}" if process.returncode else None

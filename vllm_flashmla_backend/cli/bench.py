@@ -7,25 +7,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 from ..bench.cases import ROWS
 from . import bench_serve
-from .environment import VLLM, commit, describe, device, installed_version
-
-if TYPE_CHECKING:
-    from ..bench.clock import GpuMonitor
+from .environment import device
+from .results import describe_run, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 
 PEERS = ("flashmla", "fa3", "flashinfer", "triton")
-WIDTH = 190  # columns of the widest table, for where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,50 +104,11 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     return path
 
 
-def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
-    """Machine and versions, as they stand at the head of a results file; no monitor without a GPU."""
-    import torch
-
-    return {
-        "gpu": torch.cuda.get_device_name(device()) if monitor else None,
-        "device": describe(device()),
-        "driver": monitor.driver() if monitor else None,
-        "torch": torch.__version__,
-        "vllm": version_of(*VLLM),
-        "flashinfer": version_of("flashinfer-python"),
-        "package": version_of("vllm-flashmla-backend"),
-        "commit": args.commit or commit(),
-        "date": date.today().isoformat(),
-    }
-
-
-def version_of(*names: str) -> str | None:
-    found = installed_version(*names)
-    return found.split()[-1] if found else None
-
-
-def unused_path(directory: Path, gpu: str, day: str, kind: str = "") -> Path:
-    """`<gpu>-<date><kind>.json`, numbered from the second run of a day on."""
-    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}{kind}"
-    path, number = directory / f"{name}.json", 2
-    while path.exists():
-        path, number = directory / f"{name}-{number}.json", number + 1
-    return path
-
-
 def show(path: Path, with_plots: bool) -> int:
     """Print a results file's tables and draw its pictures; 0 if every result of ours in it is right."""
     from ..bench import report
 
-    try:
-        results = report.read(path)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(report.summary(results))
-    console.print(f"results: {path}", soft_wrap=True)
+    results, console = show_tables(path, report.read, report.summary)
     if with_plots:
         from ..bench.plots import draw
 

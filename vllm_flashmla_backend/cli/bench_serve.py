@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import Progress
 from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from .environment import device
+from .results import describe_run, show_tables, unused_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +106,6 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
 def begin(args: argparse.Namespace) -> tuple[dict, Path]:
     """The results that the run adds to, and their file: an earlier one's where it may join them."""
     from ..bench.clock import GpuMonitor
-    from .bench import describe_run, unused_path
 
     monitor = GpuMonitor(device()) if device().type == "cuda" else None
     head = describe_run(args, monitor) | {"model": serve.model_shape(args.model, args.layers)}
@@ -126,17 +127,7 @@ def tell(backend: str, kind: str, entry: dict) -> str:
 
 def show(path: Path, with_plots: bool) -> int:
     """Print a results file's table and draw its picture; 0 unless a row of ours is lacking."""
-    from .bench import WIDTH
-
-    try:
-        results = report.read(path, head="model")
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(serve_report.summary(results))
-    console.print(f"results: {path}", soft_wrap=True)
+    results, console = show_tables(path, partial(report.read, head="model"), serve_report.summary)
     if with_plots:
         from ..bench.serve_plot import draw
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .bench import version_of
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
+from .results import version_of
 
 if TYPE_CHECKING:
     from ..serving import Server

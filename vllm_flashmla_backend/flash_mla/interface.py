@@ -219,19 +219,21 @@ def flash_mla_decode(
     check_like("q_pe", q_pe, (b, s_q, h_q, HEAD_DIM_ROPE), q_nope.dtype, q_nope.device)
     out, lse = _results(q_nope, (b, h_q, s_q), out, lse)
     _decode(
-        q_nope,
-        q_pe,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        None,
-        s_q,
-        tile_scheduler_metadata,
+        DecodeArguments(
+            q_nope,
+            q_pe,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            None,
+            s_q,
+            tile_scheduler_metadata,
+            out,
+            lse,
+            softmax_scale,
+            causal,
+        ),
         num_splits,
-        out,
-        lse,
-        softmax_scale,
-        causal,
     )
     return out, lse
 
@@ -273,19 +275,21 @@ def flash_mla_decode_varlen(
     check_query_lengths(cu_seqlens_q, max_query_len, cache_seqlens, q_nope)
     out, lse = _results(q_nope, (h_q, tokens), out, lse)
     _decode(
-        q_nope.unsqueeze(0),
-        q_pe.unsqueeze(0),
-        k_cache,
-        block_table,
-        cache_seqlens,
-        cu_seqlens_q,
-        max_query_len,
-        tile_scheduler_metadata,
+        DecodeArguments(
+            q_nope.unsqueeze(0),
+            q_pe.unsqueeze(0),
+            k_cache,
+            block_table,
+            cache_seqlens,
+            cu_seqlens_q,
+            max_query_len,
+            tile_scheduler_metadata,
+            out.unsqueeze(0),
+            lse.unsqueeze(0),
+            softmax_scale,
+            causal,
+        ),
         num_splits,
-        out.unsqueeze(0),
-        lse.unsqueeze(0),
-        softmax_scale,
-        causal,
     )
     return out, lse
 
@@ -307,51 +311,24 @@ def _results(
     return out, lse
 
 
-def _decode(
-    q_nope: torch.Tensor,  # (b, s_q, h_q, 512), or ragged (1, tokens, h_q, 512)
-    q_pe: torch.Tensor,  # (b, s_q, h_q, 64), likewise
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    max_query_len: int,
-    tile_scheduler_metadata: torch.Tensor | MLAPlan,
-    num_splits: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> None:
-    b = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    check_cache(b, q_nope, k_cache, block_table, cache_seqlens)
-    check_softmax_scale(softmax_scale)
+def _decode(args: DecodeArguments, num_splits: torch.Tensor | None) -> None:
+    """Check what both entries have in common; plan, if the plan is an `MLAPlan` still to be made; decode."""
+    q_nope, k_cache, cache_seqlens = args.q_nope, args.k_cache, args.cache_seqlens
+    b = q_nope.shape[0] if args.cu_seqlens_q is None else args.cu_seqlens_q.shape[0] - 1
+    check_cache(b, q_nope, k_cache, args.block_table, cache_seqlens)
+    check_softmax_scale(args.softmax_scale)
     h_q, h_kv, device = q_nope.shape[2], k_cache.shape[2], q_nope.device
-    if isinstance(tile_scheduler_metadata, MLAPlan):
+    metadata = args.tile_scheduler_metadata
+    if isinstance(metadata, MLAPlan):
         if num_splits is not None:
             fail("num_splits", "a value beside an MLAPlan", "None: the MLAPlan holds it")
-        tile_scheduler_metadata, num_splits = tile_scheduler_metadata.for_call(
-            cache_seqlens, max_query_len, h_q, h_kv
-        )
-    parts = num_parts(device, max_query_len * h_q // h_kv, h_kv)
-    check_plan_buffers(tile_scheduler_metadata, num_splits, parts, b, device)
+        metadata, num_splits = metadata.for_call(cache_seqlens, args.max_query_len, h_q, h_kv)
+        args = args._replace(tile_scheduler_metadata=metadata)
+    parts = num_parts(device, args.max_query_len * h_q // h_kv, h_kv)
+    check_plan_buffers(metadata, num_splits, parts, b, device)
     if device.type == "cpu":
-        check_values(k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    provider_for(device).decode(
-        DecodeArguments(
-            q_nope,
-            q_pe,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            cu_seqlens_q,
-            max_query_len,
-            tile_scheduler_metadata,
-            out,
-            lse,
-            softmax_scale,
-            causal,
-        )
-    )
+        check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits)
+    provider_for(device).decode(args)
 
 
 @lru_cache

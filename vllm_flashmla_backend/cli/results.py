@@ -1,0 +1,66 @@
+"""Results files of `bench` and `bench --serve`: their heads, their names, how they are shown."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+
+from .environment import VLLM, commit, describe, device, installed_version
+
+if TYPE_CHECKING:
+    from ..bench.clock import GpuMonitor
+
+WIDTH = 190  # columns of the widest table, for where the output is no terminal
+
+
+def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
+    """Machine and versions, as they stand at the head of a results file; no monitor without a GPU."""
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(device()) if monitor else None,
+        "device": describe(device()),
+        "driver": monitor.driver() if monitor else None,
+        "torch": torch.__version__,
+        "vllm": version_of(*VLLM),
+        "flashinfer": version_of("flashinfer-python"),
+        "package": version_of("vllm-flashmla-backend"),
+        "commit": args.commit or commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def version_of(*names: str) -> str | None:
+    found = installed_version(*names)
+    return found.split()[-1] if found else None
+
+
+def unused_path(directory: Path, gpu: str, day: str, kind: str = "") -> Path:
+    """`<gpu>-<date><kind>.json`, numbered from the second run of a day on."""
+    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{day}{kind}"
+    path, number = directory / f"{name}.json", 2
+    while path.exists():
+        path, number = directory / f"{name}-{number}.json", number + 1
+    return path
+
+
+def show_tables(
+    path: Path, read: Callable[[Path], dict], summary: Callable[[dict], RenderableType]
+) -> tuple[dict, Console]:
+    """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
+    try:
+        results = read(path)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(summary(results))
+    console.print(f"results: {path}", soft_wrap=True)
+    return results, console
