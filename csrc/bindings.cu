@@ -71,6 +71,11 @@ void check_plan(const TensorView& tile_scheduler_metadata) {
         "tile_scheduler_metadata: it must have rows, be contiguous, and its address a multiple of 32 bytes");
 }
 
+void check_chunk_level(int64_t chunk_level) {
+    MLA_CHECK(0 <= chunk_level && chunk_level <= 2,
+              "chunk_level: got " << chunk_level << ", expected 0 to 2");
+}
+
 cudaStream_t current_stream(const TensorView& tensor) {
     return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tensor.device().device_id));
 }
@@ -111,41 +116,77 @@ int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits) {
+void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits,
+          int64_t chunk_level) {
     const int64_t batch = seq_lens.numel();
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
     check("num_splits", num_splits, {batch + 1}, kDLInt, 32);
     check_plan(tile_scheduler_metadata);
+    check_chunk_level(chunk_level);
     MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous(),
               "cache_seqlens and num_splits must be contiguous");
     const PlanParams params{.seq_lens = data<int>(seq_lens),
                             .parts = data<PartPlan>(tile_scheduler_metadata),
                             .num_splits = data<int>(num_splits),
                             .batch = static_cast<int>(batch),
-                            .num_parts = static_cast<int>(tile_scheduler_metadata.size(0))};
+                            .num_parts = static_cast<int>(tile_scheduler_metadata.size(0)),
+                            .chunk_level = static_cast<int>(chunk_level)};
     launch_plan(params, current_stream(seq_lens));
 }
 
-void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
-            TensorView seq_lens, Optional<TensorView> cu_seqlens_q, int64_t max_query_len,
-            TensorView tile_scheduler_metadata, TensorView out, TensorView lse, TensorView out_partial,
-            TensorView lse_partial, double softmax_scale, bool causal) {
+// How the query rows of a KV head are cut into tiles.
+struct RowTiling {
+    int heads_per_group;
+    int heads_per_tile;
+    int tokens_per_tile;
+    int tiles_per_token;
+    int64_t num_row_tiles;  // over all KV heads
+    int64_t partial_rows;
+
+    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
+        : heads_per_group(static_cast<int>(heads / num_kv_heads)),
+          heads_per_tile(std::min(heads_per_group, kTileRows)),
+          tokens_per_tile(kTileRows / heads_per_tile),
+          tiles_per_token(static_cast<int>(ceil_div(heads_per_group, heads_per_tile))),
+          num_row_tiles(tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads),
+          // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an
+          // octet.
+          partial_rows((num_row_tiles - 1) * kTileRows +
+                       ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8) {}
+
+    // Small boxes, of one group of columns after the other, suit the memory; few boxes, where pages are read
+    // by several tiles and mostly come from the L2, spare the copy engine.
+    int box_tokens() const { return num_row_tiles == 1 ? 16 : kPageSize; }
+};
+
+DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling) {
+    constexpr cuuint32_t kColumns = 64;
+    const std::array<int, 4> q_dims{3, 2, 1, 0}, k_dims{3, 1, 2, 0};
+    const std::array<cuuint32_t, 4> q_box{kColumns, static_cast<cuuint32_t>(tiling.heads_per_tile),
+                                          static_cast<cuuint32_t>(tiling.tokens_per_tile), 1};
+    const std::array<cuuint32_t, 4> k_box{kColumns, static_cast<cuuint32_t>(tiling.box_tokens()), 1, 1};
+    return {.q_nope = make_map("q_nope", q_nope, q_dims, q_box),
+            .q_pe = make_map("q_pe", q_pe, q_dims, q_box),
+            .k = make_map("k_cache", k_cache, k_dims, k_box)};
+}
+
+void check_decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
+                  TensorView seq_lens, Optional<TensorView> cu_seqlens_q, int64_t max_query_len,
+                  TensorView tile_scheduler_metadata, TensorView out, TensorView lse) {
     check("q_nope", q_nope, {-1, -1, -1, kHeadDimV}, q_nope.dtype().code, 16);
     const uint8_t code = q_nope.dtype().code;
-    const int64_t tokens = q_nope.size(1), heads = q_nope.size(2), batch = seq_lens.numel();
+    const int64_t entries = q_nope.size(0), tokens = q_nope.size(1), heads = q_nope.size(2);
+    const int64_t batch = seq_lens.numel();
     MLA_CHECK(code == kDLBfloat || code == kDLFloat, "q_nope: unexpected " << describe(q_nope));
-    MLA_CHECK(q_nope.size(0) == (cu_seqlens_q ? 1 : batch), "q_nope: unexpected " << describe(q_nope));
-    check("q_pe", q_pe, {q_nope.size(0), tokens, heads, kHeadDim - kHeadDimV}, code, 16);
+    MLA_CHECK(entries == (cu_seqlens_q ? 1 : batch), "q_nope: unexpected " << describe(q_nope));
+    check("q_pe", q_pe, {entries, tokens, heads, kHeadDim - kHeadDimV}, code, 16);
     check("k_cache", k_cache, {-1, kPageSize, -1, kHeadDim}, code, 16);
     check("block_table", block_table, {batch, -1}, kDLInt, 32);
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
-    check("out", out, {q_nope.size(0), tokens, heads, kHeadDimV}, code, 16);
-    check("lse", lse, {q_nope.size(0), heads, tokens}, kDLFloat, 32);
-    const int64_t parts = tile_scheduler_metadata.size(0);
-    check("out_partial", out_partial, {-1, -1, kHeadDimV}, kDLFloat, 32);
-    check("lse_partial", lse_partial, {out_partial.size(0), out_partial.size(1)}, kDLFloat, 32);
+    check("out", out, {entries, tokens, heads, kHeadDimV}, code, 16);
+    check("lse", lse, {entries, heads, tokens}, kDLFloat, 32);
     check_alignment("q_nope", q_nope);
     check_alignment("q_pe", q_pe);
     check_alignment("k_cache", k_cache);
@@ -153,28 +194,41 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     MLA_CHECK(heads > 0 && k_cache.size(2) > 0 && heads % k_cache.size(2) == 0,
               "q has " << heads << " heads, not a multiple of k_cache's " << k_cache.size(2));
     check_plan(tile_scheduler_metadata);
-    MLA_CHECK(seq_lens.IsContiguous() && out_partial.IsContiguous() && lse_partial.IsContiguous(),
-              "cache_seqlens, out_partial and lse_partial must be contiguous");
+    MLA_CHECK(seq_lens.IsContiguous(), "cache_seqlens must be contiguous");
     MLA_CHECK(max_query_len > 0, "max_query_len: got " << max_query_len);
     if (cu_seqlens_q) {
         check("cu_seqlens_q", *cu_seqlens_q, {batch + 1}, kDLInt, 32);
     } else {
         MLA_CHECK(max_query_len == tokens, "max_query_len: got " << max_query_len << ", expected " << tokens);
     }
+}
 
-    const int64_t num_kv_heads = k_cache.size(2);
-    const int group = static_cast<int>(heads / num_kv_heads);
-    const int heads_per_tile = std::min(group, kTileRows), tokens_per_tile = kTileRows / heads_per_tile;
-    const int tiles_per_token = static_cast<int>(ceil_div(group, heads_per_tile));
-    const int64_t num_row_tiles = tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads;
-    // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an octet.
-    const int64_t partial_rows = (num_row_tiles - 1) * kTileRows +
-                                 ceil_div(std::min<int64_t>(kTileRows, max_query_len * group), 8) * 8;
-    MLA_CHECK(parts == 1 || out_partial.size(1) >= partial_rows,
-              "out_partial: unexpected " << describe(out_partial));
-    // Small boxes, of one group of columns after the other, suit the memory; few boxes, where pages are read
-    // by several tiles and mostly come from the L2, spare the copy engine.
-    const int box_tokens = num_row_tiles == 1 ? 16 : kPageSize;
+// Scratch for `slots` partials of `rows` rows.
+void check_partials(TensorView out_partial, TensorView lse_partial, int64_t slots, int64_t rows) {
+    check("out_partial", out_partial, {-1, -1, kHeadDimV}, kDLFloat, 32);
+    check("lse_partial", lse_partial, {out_partial.size(0), out_partial.size(1)}, kDLFloat, 32);
+    MLA_CHECK(out_partial.IsContiguous() && lse_partial.IsContiguous(),
+              "out_partial and lse_partial must be contiguous");
+    MLA_CHECK(slots == 0 || (out_partial.size(0) >= slots && out_partial.size(1) >= rows),
+              "out_partial: unexpected " << describe(out_partial) << ", expected " << slots << " x " << rows);
+}
+
+void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
+            TensorView seq_lens, Optional<TensorView> cu_seqlens_q, int64_t max_query_len,
+            TensorView tile_scheduler_metadata, TensorView out, TensorView lse, TensorView out_partial,
+            TensorView lse_partial, double softmax_scale, bool causal, int64_t chunk_level) {
+    check_decode(q_nope, q_pe, k_cache, block_table, seq_lens, cu_seqlens_q, max_query_len,
+                 tile_scheduler_metadata, out, lse);
+    check_chunk_level(chunk_level);
+    const int64_t heads = q_nope.size(2), num_kv_heads = k_cache.size(2), batch = seq_lens.numel();
+    const int64_t parts = tile_scheduler_metadata.size(0);
+    const RowTiling tiling(heads, num_kv_heads, max_query_len);
+    const int max_pages = static_cast<int>(block_table.size(1)), level = static_cast<int>(chunk_level);
+    const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
+    // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
+    const int64_t slots = level > 0 ? batch * chunks_per_seq : parts > 1 ? parts : 0;
+    check_partials(out_partial, lse_partial, slots, tiling.partial_rows);
+
     const DecodeParams params{
         .out = data<void>(out),
         .lse = data<float>(lse),
@@ -187,39 +241,31 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .out_stride = {out.stride(0), out.stride(1), out.stride(2)},
         .lse_stride = {lse.stride(0), lse.stride(1), lse.stride(2)},
         .block_table_stride = block_table.stride(0),
-        .max_pages = static_cast<int>(block_table.size(1)),
+        .max_pages = max_pages,
         .batch = static_cast<int>(batch),
         .query_len = static_cast<int>(max_query_len),
-        .num_tokens = static_cast<int>(tokens),
-        .num_heads = static_cast<int>(heads),
+        .num_tokens = static_cast<int>(q_nope.size(1)),
+        .chunk_level = level,
         .num_kv_heads = static_cast<int>(num_kv_heads),
         .num_parts = static_cast<int>(parts),
         .num_slots = static_cast<int>(out_partial.size(0)),
         .partial_rows = static_cast<int>(out_partial.size(1)),
-        .heads_per_group = group,
-        .heads_per_tile = heads_per_tile,
-        .tokens_per_tile = tokens_per_tile,
-        .tiles_per_token = tiles_per_token,
-        .inverse_heads = static_cast<int>(ceil_div(1 << 16, heads_per_tile)),
-        .inverse_tiles_per_token = static_cast<uint64_t>(ceil_div(1ll << 32, tiles_per_token)),
+        .heads_per_group = tiling.heads_per_group,
+        .heads_per_tile = tiling.heads_per_tile,
+        .tokens_per_tile = tiling.tokens_per_tile,
+        .tiles_per_token = tiling.tiles_per_token,
+        .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
+        .inverse_tiles_per_token = static_cast<uint64_t>(ceil_div(1ll << 32, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint64_t>(ceil_div(1ll << 32, num_kv_heads)),
-        .num_row_tiles = static_cast<int>(num_row_tiles),
+        .num_row_tiles = static_cast<int>(tiling.num_row_tiles),
         .first_row_tile = 0,
-        .box_tokens = box_tokens,
+        .box_tokens = tiling.box_tokens(),
         .arrivals_slot = 0,
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
-        .dtype = code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
-
-    constexpr cuuint32_t kColumns = 64;
-    const std::array<int, 4> q_dims{3, 2, 1, 0}, k_dims{3, 1, 2, 0};
-    const std::array<cuuint32_t, 4> q_box{kColumns, static_cast<cuuint32_t>(heads_per_tile),
-                                          static_cast<cuuint32_t>(tokens_per_tile), 1};
-    const DecodeMaps maps{
-        .q_nope = make_map("q_nope", q_nope, q_dims, q_box),
-        .q_pe = make_map("q_pe", q_pe, q_dims, q_box),
-        .k = make_map("k_cache", k_cache, k_dims, {kColumns, static_cast<cuuint32_t>(box_tokens), 1, 1})};
-    launch_decode(params, maps, current_stream(q_nope));
+        .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf,
+        .chunks_per_seq = chunks_per_seq};
+    launch_decode(params, make_maps(q_nope, q_pe, k_cache, tiling), current_stream(q_nope));
 }
 
 }  // namespace

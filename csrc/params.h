@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 namespace mla {
@@ -35,6 +37,7 @@ struct PlanParams {
     int* num_splits;      // (b + 1)
     int batch;
     int num_parts;
+    int chunk_level;  // 0: cut anywhere
 };
 
 // Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.
@@ -56,7 +59,7 @@ struct DecodeParams {
     int batch;
     int query_len;     // s_q, of a ragged batch the largest
     int num_tokens;    // of a ragged batch
-    int num_heads;     // h_q
+    int chunk_level;   // above 0: batch-invariant
     int num_kv_heads;  // h_kv
     int num_parts;
     int num_slots;
@@ -75,6 +78,7 @@ struct DecodeParams {
     bool causal;
     float softmax_scale;
     DType dtype;
+    int chunks_per_seq;  // slots of a sequence, if batch-invariant
 };
 
 // The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x
@@ -88,6 +92,21 @@ struct DecodeMaps {
 // Pages of a sequence; a negative length counts as none.
 __host__ __device__ inline int pages_of(int seq_len) {
     return seq_len <= 0 ? 0 : (seq_len - 1) / kPageSize + 1;
+}
+
+// The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.
+// Their length is the same wherever the sequence is decoded, and a power of two: about the root of its pages
+// at level 1, twice as much at level 2. Returns the power.
+__host__ __device__ inline int chunk_log2(int pages, int level) {
+    return (std::bit_width(static_cast<unsigned>(pages > 1 ? pages - 1 : 0)) + 1) / 2 + level - 1;
+}
+
+// The most chunks of a sequence of up to so many pages: of the longest, or of the longest whose chunks are
+// half as long.
+inline int most_chunks(int max_pages, int level) {
+    const int log2 = chunk_log2(max_pages, level), shorter = 1 << std::max(0, 2 * (log2 - level));
+    const auto chunks = [=](int pages) { return ((pages - 1) >> chunk_log2(pages, level)) + 1; };
+    return std::max(chunks(std::max(1, max_pages)), chunks(std::min(shorter, std::max(1, max_pages))));
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);

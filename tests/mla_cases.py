@@ -95,9 +95,9 @@ def nan_results(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.T
     return out[:, :, extra:], lse
 
 
-def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def run(case: Case, inputs: Inputs, batch_invariant: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan, then decode into results that were NaN before."""
-    plan = get_mla_metadata(inputs.cache_seqlens, case.s_q * case.h_q // case.h_kv, case.h_kv)
+    plan = plan_for(case, inputs, batch_invariant)
     out, lse = nan_results(case, inputs.q_nope.device)
     return flash_mla_decode(
         inputs.q_nope,
@@ -110,15 +110,26 @@ def run(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         case.causal,
         out,
         lse,
+        batch_invariant,
+    )
+
+
+def plan_for(case: Case, inputs: Inputs, batch_invariant: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return get_mla_metadata(
+        inputs.cache_seqlens,
+        case.s_q * case.h_q // case.h_kv,
+        case.h_kv,
+        batch_invariant=batch_invariant,
+        num_heads_q=case.h_q,
     )
 
 
 def run_ragged(
-    case: Case, inputs: Inputs, query_lens: tuple[int, ...]
+    case: Case, inputs: Inputs, query_lens: tuple[int, ...], batch_invariant: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first `query_lens[i]` query tokens of sequence i, all in one ragged call; a result for each."""
     device, h_q = inputs.q_nope.device, case.h_q
-    plan = get_mla_metadata(inputs.cache_seqlens, case.s_q * h_q // case.h_kv, case.h_kv)
+    plan = plan_for(case, inputs, batch_invariant)
     begins = [0, *accumulate(query_lens)]
     out = torch.full((begins[-1], h_q, 512), torch.nan, dtype=case.dtype, device=device)
     lse = torch.full((h_q, begins[-1]), torch.nan, device=device)
@@ -134,6 +145,7 @@ def run_ragged(
         case.causal,
         out,
         lse,
+        batch_invariant,
     )
     return [(out[None, begin:end], lse[None, :, begin:end]) for begin, end in pairwise(begins)]
 

@@ -14,6 +14,10 @@ CASES = [
     Case((128,) * 66, h_q=16),  # two splits each, whose blocks exchange halves
     Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for
 ]
+BATCH_INVARIANT = [
+    Case((0, 1, 64, 1000, 3000), h_q=16),
+    Case((5000, 300), s_q=2, h_q=80, causal=True),
+]
 RAGGED = Case((700, 65, 3), s_q=5, h_q=20, causal=True)
 
 if __name__ == "__main__":
@@ -21,5 +25,9 @@ if __name__ == "__main__":
         inputs = make_inputs(case, torch.device("cuda", 0))
         assert_agree(run(case, inputs), expected(case, inputs))
         print(case, flush=True)
+    for case in BATCH_INVARIANT:
+        inputs = make_inputs(case, torch.device("cuda", 0))
+        assert_agree(run(case, inputs, batch_invariant=True), expected(case, inputs))
+        print("batch-invariant", case, flush=True)
     for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):
         assert out.isfinite().all() and not lse.isnan().any()

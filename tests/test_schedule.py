@@ -119,7 +119,7 @@ def test_idle_parts_are_marked_and_come_last(lengths, parts):
 def test_every_partial_result_has_a_slot_of_its_own(lengths, parts):
     partial = [split for split in splits_of(plan(lengths, parts)[0], lengths) if split.splits > 1]
     assert len({split.slot for split in partial}) == len(partial)
-    assert all(0 <= split.slot < partial_slots(len(lengths), parts) for split in partial)
+    assert all(0 <= split.slot < partial_slots(len(lengths), parts, 0, 0) for split in partial)
     for one, next_one in pairwise(partial):
         assert one.seq != next_one.seq or one.slot + 1 == next_one.slot, "consecutive along a sequence"
 
@@ -207,13 +207,13 @@ def test_a_plan_with_a_wrong_word_is_refused_on_the_cpu(column):
         check_values(*tensors, metadata, num_splits)
 
 
-def assert_kernel_plans_the_same(lengths: list[int], parts: int) -> None:
+def assert_kernel_plans_the_same(lengths: list[int], parts: int, chunk_level: int = 0) -> None:
     metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
     num_splits = torch.full((len(lengths) + 1,), -7, dtype=torch.int32, device="cuda")
-    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits)
-    want = plan(lengths, parts)
-    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts)
-    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts)
+    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, chunk_level)
+    want = plan(lengths, parts, chunk_level)
+    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, chunk_level)
+    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, chunk_level)
 
 
 @pytest.mark.gpu
@@ -225,14 +225,15 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
         lengths = torch.randint(0, longest + 1, (batch,), generator=generator).tolist()
         assert_kernel_plans_the_same(lengths, parts)
         assert_kernel_plans_the_same([longest] * batch, parts)
-        assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts)
+        for chunk_level in (0, 1, 2):
+            assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts, chunk_level)
 
 
 @pytest.mark.gpu
 @settings(deadline=None, max_examples=300)
-@given(LENGTHS, PARTS)
-def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts):
-    assert_kernel_plans_the_same(lengths, parts)
+@given(LENGTHS, PARTS, st.sampled_from([0, 1, 2]))
+def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, chunk_level):
+    assert_kernel_plans_the_same(lengths, parts, chunk_level)
 
 
 def test_get_mla_metadata_has_flashmlas_shapes(device):

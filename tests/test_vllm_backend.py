@@ -323,13 +323,13 @@ def _build_decode_parameters():
 
 
 def make_layer_and_step(lengths: list[int], block_table: list[list[int]], *queries):
-    """A layer without weights, and a planned step of decodes; `queries`: the metadata's last three fields."""
+    """A layer without weights, and a planned step of decodes; `queries`: three fields of the metadata."""
     layer = object.__new__(impl.FlashMLAImpl)
     layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
     seq_lens, table = (torch.tensor(values, dtype=torch.int32) for values in (lengths, block_table))
     buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(len(lengths) + 1, dtype=torch.int32)
     metadata.plan_into(seq_lens, *buffers)
-    decode = metadata.FlashMLADecodeMetadata(table, seq_lens, None, *buffers, *queries)
+    decode = metadata.FlashMLADecodeMetadata(table, seq_lens, None, *buffers, *queries, False)
     return layer, SimpleNamespace(decode=decode, num_decodes=len(lengths))
 
 

@@ -58,8 +58,8 @@ def record(monkeypatch):
         record.steps.append(build(self, *args, **kwargs))
         return record.steps[-1]
 
-    def watched_plan_into(cache_seqlens, tile_scheduler_metadata, num_splits):
-        plan_into(cache_seqlens, tile_scheduler_metadata, num_splits)
+    def watched_plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level):
+        plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
         record.planned.append(cache_seqlens.tolist())
         expected = schedule.plan(record.planned[-1], tile_scheduler_metadata.shape[0])
         got = (tile_scheduler_metadata.cpu(), num_splits.cpu())

@@ -18,8 +18,7 @@ constexpr uint32_t kAllArrived = 1u << 31;
 __device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
 
 __device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {
-    const int first_part = max(0, static_cast<int>(blockIdx.y) - place.index);
-    return &g_arrivals[params.arrivals_slot][first_part * gridDim.x + blockIdx.x];
+    return &g_arrivals[params.arrivals_slot][(blockIdx.y - place.index) * gridDim.x + blockIdx.x];
 }
 
 // Says that this warpgroup's half of a partial is written. Remembers what the counter was.

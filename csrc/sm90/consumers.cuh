@@ -137,7 +137,7 @@ struct ConsumerState {
 };
 
 // Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
-template <typename T>
+template <typename T, bool kInvariant>
 __device__ inline float2 consume_scores_and_left(const DecodeParams& params, SharedStorage& shared,
                                                  const RowTile& tile, const Split& split,
                                                  ConsumerState& state, float (&output)[128]) {
@@ -154,7 +154,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sha
         const bool is_last = page + 1 == split.page_end;
         compute_scores<T>(shared, slot, state.stage.parity, scores);
         sync_warpgroup(kLeft);  // no warp's scores read the rope tile now, and the weights may take its place
-        if (is_last) warp_arrive(&shared.q_empty);
+        if (is_last && split.ends_piece) warp_arrive(&shared.q_empty);
 
         if (first_key + kPageSize > visible_to_all) mask_scores(scores, first_key, visible);
         const float2 scale = softmax.update(scores);
@@ -172,7 +172,11 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sha
     }
     softmax.finish();
     if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
-    store_lse(params, shared.plan, tile, split, softmax);
+    if constexpr (kInvariant) {
+        if (!split.is_idle()) store_lse(params, SplitPlace::of_chunk(params, split), tile, split, softmax);
+    } else {
+        store_lse(params, SplitPlace(params, shared.plan, split), tile, split, softmax);
+    }
     return softmax.normalizer();
 }
 
@@ -203,18 +207,14 @@ __device__ inline float2 consume_right(SharedStorage& shared, const Split& split
     }
 }
 
-// A consumer's half of a split, from its pages to its result in memory.
+// Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
 template <typename T>
-__device__ inline void consume(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
-                               const Split& split, int consumer, ConsumerState& state) {
-    float output[128];
-    clear(output);
-    float2 scale = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, split, state, output)
-                                     : consume_right<T>(shared, split, state, output);
+__device__ inline void finish_split(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                                    const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
+                                    float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
     const bool exchanged = place.is_partial() && is_exchange(params, shared.plan, place);
     const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
-    const int slot = state.stage.slot;
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
                       scale, consumer);
@@ -223,12 +223,49 @@ __device__ inline void consume(const DecodeParams& params, SharedStorage& shared
         wait_for_all(params, shared, split, place, consumer);
         scale = merge_exchanged(params, tile, split, place, consumer, scale, output);
     }
+    if (!is_mine) return;
     if (split.is_empty()) {
-        if (is_mine) store_zeros<T>(params, tile, split, consumer);
-        return;
+        store_zeros<T>(params, tile, split, consumer);
+    } else {
+        store_rows<T>(params, tile, split, output, scale, consumer, v_tiles);
     }
-    if (is_mine)
-        store_rows<T>(params, tile, split, output, scale, consumer, shared.k[slot][consumer * kTilesHalfV]);
+}
+
+// The same in the batch-invariant mode: a chunk is merged only in memory, and in order.
+template <typename T>
+__device__ inline void finish_chunk(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                                    const Split& chunk, int consumer, uint8_t* v_tiles, float2 scale,
+                                    const float (&output)[128]) {
+    const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
+    if (place.is_partial()) {
+        if (!chunk.is_idle())
+            store_partial(Partial(params, tile, place, place.index), chunk.valid_rows(params, tile), output,
+                          scale, consumer);
+        if (part.is_partial() && chunk.ends_piece) arrive(params, shared, chunk, part, consumer);
+    } else if (chunk.seq_len <= 0) {
+        store_zeros<T>(params, tile, chunk, consumer);
+    } else if (!chunk.is_idle()) {
+        store_rows<T>(params, tile, chunk, output, scale, consumer, v_tiles);
+    }
+}
+
+// A consumer's half of a split, from its pages to its result in memory.
+template <typename T, bool kInvariant>
+__device__ inline void consume(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                               const Split& split, int consumer, ConsumerState& state) {
+    float output[128];
+    clear(output);
+    const float2 scale =
+        consumer == kLeft ? consume_scores_and_left<T, kInvariant>(params, shared, tile, split, state, output)
+                          : consume_right<T>(shared, split, state, output);
+    const int slot = state.stage.slot;
+    uint8_t* v_tiles = shared.k[slot][consumer * kTilesHalfV];
+    if constexpr (kInvariant) {
+        finish_chunk<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
+    } else {
+        finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
+    }
+    if (split.is_empty()) return;
     warp_arrive(&shared.k_empty[slot][consumer == kLeft ? kLeftV : kRightV]);
     state.stage.next();
 }

@@ -32,7 +32,7 @@ __device__ void init_barriers(SharedStorage& shared) {
     ptx::fence_barrier_init();
 }
 
-template <typename T>
+template <typename T, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
@@ -55,21 +55,36 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::give_registers<kProducerRegisters>();
         if (thread != 2 * kWarpgroup) return;
         Loader loader(params, maps, shared);
-        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(tile, split); });
+        for_each_split<kInvariant>(params, shared.plan, tile,
+                                   [&](const Split& split) { loader.load(tile, split); });
         return;
     }
     ptx::take_registers<kConsumerRegisters>();
     ConsumerState state;
-    for_each_split(params, shared.plan, tile,
-                   [&](const Split& split) { consume<T>(params, shared, tile, split, warpgroup, state); });
-    merge_splits<T>(params, shared, tile, warpgroup);
+    for_each_split<kInvariant>(params, shared.plan, tile, [&](const Split& split) {
+        consume<T, kInvariant>(params, shared, tile, split, warpgroup, state);
+    });
+    if constexpr (kInvariant) {
+        merge_chunks<T>(params, shared, tile, warpgroup);
+    } else {
+        merge_splits<T>(params, shared, tile, warpgroup);
+    }
 }
 
-template <typename T>
+using Kernel = void (*)(DecodeParams, DecodeMaps);
+
+Kernel kernel_for(const DecodeParams& params) {
+    const bool invariant = params.chunk_level > 0;
+    if (params.dtype == DType::kBFloat16)
+        return invariant ? decode_kernel<__nv_bfloat16, true> : decode_kernel<__nv_bfloat16, false>;
+    return invariant ? decode_kernel<__half, true> : decode_kernel<__half, false>;
+}
+
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
+    const Kernel kernel = kernel_for(params);
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
-    CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    sizeof(SharedStorage)));
+    CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)));
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
@@ -80,7 +95,7 @@ void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaS
     config.stream = stream;
     config.attrs = &cooperative;
     config.numAttrs = params.num_parts > 1;  // one part splits nothing, and waits for nothing
-    CUDA_CHECK(cudaLaunchKernelEx(&config, decode_kernel<T>, params, maps));
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
 }
 
 }  // namespace
@@ -100,11 +115,7 @@ void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStrea
         const int tiles = std::min(tiles_at_once, params.num_row_tiles - first);
         launched.first_row_tile = first;
         launched.arrivals_slot = launches++ % kArrivalsSlots;
-        if (params.dtype == DType::kBFloat16) {
-            launch<__nv_bfloat16>(launched, maps, tiles, stream);
-        } else {
-            launch<__half>(launched, maps, tiles, stream);
-        }
+        launch(launched, maps, tiles, stream);
     }
 }
 

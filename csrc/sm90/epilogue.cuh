@@ -85,10 +85,9 @@ __device__ inline void store_zeros(const DecodeParams& params, const RowTile& ti
 }
 
 // One thread of each quad writes its rows' log-sum-exp.
-__device__ inline void store_lse(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
+__device__ inline void store_lse(const DecodeParams& params, const SplitPlace& place, const RowTile& tile,
                                  const Split& split, const OnlineSoftmax& softmax) {
     if (threadIdx.x % 4 != 0) return;
-    const SplitPlace place(params, plan, split);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row_of_tile = first_row_of_thread() + 8 * h;

@@ -21,7 +21,7 @@ class Loader {
         const QueryPlace query(params_, split.seq);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
-            const bool with_query = page == split.page_begin;
+            const bool with_query = page == split.page_begin && split.begins_piece;
             if (with_query) expect_query();
             // The block's first query goes along with the page. Later ones follow it: the page need not wait
             // until the query before was used.

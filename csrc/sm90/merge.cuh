@@ -150,17 +150,18 @@ __device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTi
 }
 
 // Few splits: a warp merges 8 rows x 64 columns at a time.
+// `place` says whose partials, `part` which share.
 template <typename T>
 __device__ inline void merge_wide(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const SplitPlace& place, int consumer) {
-    constexpr int kVectors = 4, kChunks = kGroups / (2 * kVectors);  // a chunk is a warp's work in an octet
+                                  const SplitPlace& place, const SplitPlace& part, int consumer) {
+    constexpr int kVectors = 4, kItems = kGroups / (2 * kVectors);  // an item is a warp's work in an octet
     const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
-    const int ranks = place.num_splits * kConsumers, rank = place.index * kConsumers + consumer;
+    const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
     const Partial first(params, tile, place, 0);
-    const int chunks = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kChunks;
+    const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kItems;
 #pragma unroll 1
-    for (int chunk = rank + warp * ranks; chunk < chunks; chunk += 4 * ranks) {
-        const Merger<kVectors> merger(params, first, chunk / kChunks, chunk % kChunks * 2 * kVectors + half);
+    for (int item = rank + warp * ranks; item < items; item += 4 * ranks) {
+        const Merger<kVectors> merger(params, first, item / kItems, item % kItems * 2 * kVectors + half);
         MergeState<kVectors> state;
         merger.template add_splits<2>(state, 0, place.num_splits, 1);
         merger.template store<T>(tile, split, state);
@@ -210,15 +211,28 @@ template <typename T>
 __device__ inline void merge_splits(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
                                     int consumer) {
     constexpr int kFewSplits = 7;
-    for_each_split(params, shared.plan, tile, [&](const Split& split) {
+    for_each_split<false>(params, shared.plan, tile, [&](const Split& split) {
         const SplitPlace place(params, shared.plan, split);
         if (!place.is_partial() || is_exchange(params, shared.plan, place)) return;
         wait_for_all(params, shared, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
-            merge_wide<T>(params, tile, split, place, consumer);
+            merge_wide<T>(params, tile, split, place, place, consumer);
         } else {
             merge_deep<T>(params, tile, split, place, consumer, merge_scratch(shared, consumer));
         }
+    });
+}
+
+// In the batch-invariant mode, merges all that the part has chunks of: one chunk after another.
+template <typename T>
+__device__ inline void merge_chunks(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+                                    int consumer) {
+    sync_consumers();  // what either stored is there for both
+    for_each_split<true>(params, shared.plan, tile, [&](const Split& chunk) {
+        const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
+        if (!chunk.ends_piece || !place.is_partial()) return;
+        if (part.is_partial()) wait_for_all(params, shared, chunk, part, consumer);
+        merge_wide<T>(params, tile, chunk, place, part, consumer);
     });
 }
 

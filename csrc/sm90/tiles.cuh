@@ -53,6 +53,11 @@ __device__ inline void sync_warpgroup(int consumer) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
 }
 
+// Waits for both consumer warpgroups.
+__device__ inline void sync_consumers() {
+    asm volatile("barrier.cta.sync %0, %1;" ::"n"(kConsumers + 1), "n"(kConsumers * kWarpgroup) : "memory");
+}
+
 // A ring of barriers: which slot, and the parity of the round. `wait` before use, `next` after.
 template <int kSlots>
 struct RingPosition {

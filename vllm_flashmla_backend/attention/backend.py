@@ -70,6 +70,10 @@ class FlashMLABackend(SomeVersionsHooks, MLACommonBackend):
         return capability is None or capability.major == 9
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return provider_for(torch.device(current_platform.device_type)).batch_invariant
+
+    @classmethod
     def validate_configuration(
         cls, *, attn_type: str = AttentionType.DECODER, has_sliding_window: bool = False, **layer: Any
     ) -> list[str]:

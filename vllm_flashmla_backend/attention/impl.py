@@ -82,6 +82,7 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
                 softmax_scale=self.scale,
                 causal=True,
                 out=out.unflatten(0, shape),  # (b, s_q, h_q, 512)
+                batch_invariant=decode.batch_invariant,
             )
             return out, lse.transpose(1, 2).flatten(0, 1)  # (b, h_q, s_q) -> (tokens, h_q)
         used = decode.num_query_tokens
@@ -99,5 +100,6 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             causal=True,
             out=out[:used],
             lse=lse[:, :used],
+            batch_invariant=decode.batch_invariant,
         )
         return out, lse.T

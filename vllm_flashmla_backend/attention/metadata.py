@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
+from ..flash_mla.chunks import chunk_level
 from ..flash_mla.interface import num_parts, plan_into
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import METADATA_WIDTH
@@ -31,6 +33,7 @@ class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
     query_len: int  # of every sequence, or the largest
     cu_seqlens_q: torch.Tensor | None  # (num_decodes + 1,) int32 where query lengths differ
     num_query_tokens: int  # before any padding
+    batch_invariant: bool
 
 
 @dataclass
@@ -68,6 +71,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, FlashMLAMetadata)
         # decode context parallelism gathers the heads of its ranks before the kernel runs
         self.num_query_heads = self.num_heads * self.dcp_world_size
+        self.chunk_level = chunk_level(self.num_query_heads) if envs.VLLM_BATCH_INVARIANT else 0
         # one query token a sequence takes the most parts: more rows need more blocks per part
         max_parts = num_parts(device, self.num_query_heads, 1)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -91,7 +95,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         parts = num_parts(self.device, max_query_len * self.num_query_heads, 1)
         tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
         num_splits = self.num_splits[: batch + 1]
-        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits)
+        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, self.chunk_level)
         return FlashMLADecodeMetadata(
             **vars(decode),
             tile_scheduler_metadata=tile_scheduler_metadata,
@@ -99,4 +103,5 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             query_len=max_query_len,
             cu_seqlens_q=None if is_uniform else kwargs["query_start_loc_device"],
             num_query_tokens=num_query_tokens,
+            batch_invariant=self.chunk_level > 0,
         )

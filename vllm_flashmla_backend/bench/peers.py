@@ -46,6 +46,7 @@ class Peer(Protocol):
 
 class Ours:
     name = "ours"
+    batch_invariant = False
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -54,10 +55,18 @@ class Ours:
         return True
 
     def prepare(self, inputs: Inputs) -> dict[str, Step]:
-        plan = get_mla_metadata(inputs.cache_seqlens, inputs.case.s_q * inputs.case.h_q, 1)
+        h_q, mode = inputs.case.h_q, {"batch_invariant": self.batch_invariant}
+        plan = get_mla_metadata(inputs.cache_seqlens, inputs.case.s_q * h_q, 1, num_heads_q=h_q, **mode)
         queries = (inputs.q_nope, inputs.q_pe)
         cache = (inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-        return {"": lambda: flash_mla_decode(*queries, *cache, *plan, SCALE, True)[0]}
+        return {"": lambda: flash_mla_decode(*queries, *cache, *plan, SCALE, True, **mode)[0]}
+
+
+class OursBatchInvariant(Ours):
+    """Measured beside our default mode, and compared with it alone."""
+
+    name = "invariant"
+    batch_invariant = True
 
 
 class FlashMLA:
@@ -225,7 +234,7 @@ class Triton:
 
 
 PEERS: dict[str, Callable[..., Peer]] = {
-    peer.name: peer for peer in (Ours, FlashMLA, FlashAttention3, FlashInfer, Triton)
+    peer.name: peer for peer in (Ours, OursBatchInvariant, FlashMLA, FlashAttention3, FlashInfer, Triton)
 }
 
 

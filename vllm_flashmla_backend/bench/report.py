@@ -14,7 +14,9 @@ from rich.text import Text
 
 from .cases import ALSO, GEOMEAN_GOAL, GEOMEAN_MUST, GOAL_US, REGIMES, Case, Regime
 
-OURS = "ours"
+OURS, INVARIANT = "ours", "invariant"
+INVARIANT_MUST, INVARIANT_FROM_BATCH = 0.90, 16
+"""Speed asked of the batch-invariant mode, as the default mode's time ÷ its own, and from which batch on."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,19 @@ class Comparison:
     @property
     def best(self) -> dict | None:
         """The row of the fastest peer that is right."""
-        right = [row for peer, row in self.rows.items() if peer != OURS and row["right"]]
+        right = [row for peer, row in self.rows.items() if peer not in (OURS, INVARIANT) and row["right"]]
         return min(right, key=lambda row: row["us"], default=None)
 
     @property
     def ratio(self) -> float | None:
         """The best peer's time ÷ ours: above 1 where we are faster."""
         return self.best["us"] / self.ours["us"] if self.ours and self.best else None
+
+    @property
+    def invariant_ratio(self) -> float | None:
+        """The default mode's time ÷ the batch-invariant one's."""
+        row = self.rows.get(INVARIANT)
+        return self.ours["us"] / row["us"] if self.ours and row and row["right"] else None
 
     @property
     def targets(self) -> Regime:
@@ -211,6 +219,14 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
             _reached(mean >= GEOMEAN_MUST, f"{GEOMEAN_MUST:.2f}"),
             ", goal ",
             _reached(mean >= GEOMEAN_GOAL, f"{GEOMEAN_GOAL:.2f}"),
+        )
+    invariant = [c for c in comparisons if c.invariant_ratio and c.case.b >= INVARIANT_FROM_BATCH]
+    if invariant:
+        least = min(invariant, key=lambda comparison: comparison.invariant_ratio)
+        reached = sum(comparison.invariant_ratio >= INVARIANT_MUST for comparison in invariant)
+        yield Text(
+            f"batch-invariant mode, b >= {INVARIANT_FROM_BATCH}: {INVARIANT_MUST:.2f} of the default mode's "
+            f"speed in {reached} of {len(invariant)} cases, least {least.invariant_ratio:.2f} at {least.case}"
         )
     ceilings = results["ceilings"]
     yield Text(

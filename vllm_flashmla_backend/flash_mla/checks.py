@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from .chunks import chunk_pages
 from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, ceil_div, partial_slots, splits_of
 
 HEAD_DIM_V = 512
@@ -176,6 +177,7 @@ def check_values(
     cache_seqlens: torch.Tensor,  # (b,) int32
     tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32
     num_splits: torch.Tensor,  # (b + 1,) int32
+    chunk_level: int = 0,
 ) -> None:
     """Lengths, the table's entries that they use, and the plan, on a CPU."""
     lengths = cache_seqlens.tolist()
@@ -197,11 +199,12 @@ def check_values(
             f"page {block_table[seq, column].item()} at [{seq}, {column}]",
             f"0 to {k_cache.shape[0] - 1}, the pages of k_cache",
         )
-    if not _plan_covers(pages, lengths, tile_scheduler_metadata, num_splits):
+    if not _plan_covers(pages, lengths, tile_scheduler_metadata, num_splits, chunk_level):
         fail(
             "tile_scheduler_metadata, num_splits",
             "a plan for other lengths",
-            f"one for cache_seqlens {lengths}: plan anew when lengths change",
+            f"one for cache_seqlens {lengths}{', batch-invariant' if chunk_level else ''}: plan anew when "
+            "lengths change",
         )
 
 
@@ -211,10 +214,10 @@ def check_not_negative(lengths: list[int]) -> None:
 
 
 def _plan_covers(
-    pages: list[int], lengths: list[int], metadata: torch.Tensor, num_splits: torch.Tensor
+    pages: list[int], lengths: list[int], metadata: torch.Tensor, num_splits: torch.Tensor, chunk_level: int
 ) -> bool:
     """Whether the plan's splits take every page of every sequence once, in order, each where it belongs."""
-    batch, slots = len(pages), partial_slots(len(pages), metadata.shape[0])
+    batch, slots = len(pages), partial_slots(len(pages), metadata.shape[0], 0, 0)
     if metadata[:, Field.FIRST_SEQ].min() < 0 or metadata[:, Field.LAST_SEQ].max() >= batch:
         return False
     splits = splits_of(metadata, lengths)
@@ -222,6 +225,10 @@ def _plan_covers(
     next_page, done, next_slot = [0] * batch, [0] * batch, 0
     for split in splits:
         begins_where_the_last_ended = split.page_begin == next_page[split.seq] <= split.page_end
+        if split.page_begin < split.page_end and split.page_begin % chunk_pages(
+            pages[split.seq], chunk_level
+        ):
+            return False
         counted = split.split == done[split.seq] and split.splits == count[split.seq]
         if not begins_where_the_last_ended or not counted:
             return False

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from . import schedule
+from . import chunks, schedule
 from .checks import (
     HEAD_DIM,
     HEAD_DIM_ROPE,
@@ -31,7 +31,7 @@ from .checks import (
     check_values,
     fail,
 )
-from .providers import DecodeArguments, provider_for
+from .providers import DecodeArguments, Provider, provider_for
 from .schedule import METADATA_WIDTH
 
 
@@ -44,22 +44,22 @@ class MLAPlan:
     def __init__(self) -> None:
         self.tile_scheduler_metadata: torch.Tensor | None = None  # (parts, 8) int32
         self.num_splits: torch.Tensor | None = None  # (b + 1,) int32
-        self._shape: tuple[int, int, int, int] | None = None  # b, s_q, h_q, h_kv
+        self._shape: tuple[int, int, int, int, bool] | None = None  # b, s_q, h_q, h_kv, batch_invariant
 
     def for_call(
-        self, cache_seqlens: torch.Tensor, s_q: int, h_q: int, h_kv: int
+        self, cache_seqlens: torch.Tensor, s_q: int, h_q: int, h_kv: int, batch_invariant: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The plan's two tensors, made now if this is the first call."""
-        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv)
+        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv, batch_invariant)
         if self._shape is None:
             self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
-                cache_seqlens, s_q * h_q // h_kv, h_kv
+                cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant, num_heads_q=h_q
             )
             self._shape = shape
         elif shape != self._shape:
             fail(
                 "tile_scheduler_metadata",
-                f"a plan made for (b, s_q, h_q, h_kv) = {self._shape}",
+                f"a plan made for (b, s_q, h_q, h_kv, batch_invariant) = {self._shape}",
                 f"one for {shape}: take a new one from get_mla_metadata()",
             )
         return self.tile_scheduler_metadata, self.num_splits
@@ -76,6 +76,9 @@ def get_mla_metadata(
     cache_seqlens: torch.Tensor | None = None,
     num_heads_per_head_k: int | None = None,
     num_heads_k: int | None = None,
+    *,
+    batch_invariant: bool = False,
+    num_heads_q: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[MLAPlan, None]:
     """Plan one decode step.
 
@@ -84,6 +87,10 @@ def get_mla_metadata(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     num_heads_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
     num_heads_k : KV heads, `h_kv`.
+    batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
+        that decodes says so, too.
+    num_heads_q : `h_q`. Only a batch-invariant plan of several query tokens has to know it; unless given, the
+        query rows are taken for the heads of one token.
 
     Returns
     -------
@@ -106,12 +113,17 @@ def get_mla_metadata(
     parts = num_parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
-    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits)
+    heads_per_kv_head = num_heads_per_head_k if num_heads_q is None else num_heads_q // num_heads_k
+    level = chunks.chunk_level(heads_per_kv_head) if batch_invariant else 0
+    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, level)
     return tile_scheduler_metadata, num_splits
 
 
 def plan_into(
-    cache_seqlens: torch.Tensor, tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor
+    cache_seqlens: torch.Tensor,
+    tile_scheduler_metadata: torch.Tensor,
+    num_splits: torch.Tensor,
+    chunk_level: int = 0,
 ) -> None:
     """Plan one decode step into existing buffers; on a GPU a kernel does it and nothing waits.
 
@@ -120,6 +132,7 @@ def plan_into(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     tile_scheduler_metadata : (parts, 8) int32, written; `parts` is what `num_parts` returned.
     num_splits : (b + 1,) int32, written.
+    chunk_level : for a batch-invariant plan, `chunks.chunk_level` of the heads that share a KV head.
 
     Raises
     ------
@@ -133,7 +146,7 @@ def plan_into(
     check_plan_buffers(tile_scheduler_metadata, num_splits, parts, cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
-    provider_for(device).plan(cache_seqlens, tile_scheduler_metadata, num_splits)
+    _provider(device, chunk_level).plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
 
 
 def flash_mla_with_kvcache(
@@ -146,6 +159,7 @@ def flash_mla_with_kvcache(
     num_splits: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-head latent attention of a few new tokens over a paged cache.
 
@@ -162,6 +176,8 @@ def flash_mla_with_kvcache(
         planner wrote, or only a part of a plan, may leave the kernel waiting for ever.
     softmax_scale : factor on the scores, above 0; 576 ** -0.5 unless given.
     causal : query token i of s_q sees keys up to `length - s_q + i`.
+    batch_invariant : a sequence's result has the same bits whatever else is in the batch, wherever it
+        stands there. Takes a plan made so, and scratch memory for every chunk that a sequence may have.
 
     Returns
     -------
@@ -186,6 +202,7 @@ def flash_mla_with_kvcache(
         num_splits,
         HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
         causal,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -201,6 +218,7 @@ def flash_mla_decode(
     causal: bool,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_mla_with_kvcache` with q in two tensors, and results into given buffers.
 
@@ -234,6 +252,7 @@ def flash_mla_decode(
             causal,
         ),
         num_splits,
+        batch_invariant,
     )
     return out, lse
 
@@ -252,6 +271,7 @@ def flash_mla_decode_varlen(
     causal: bool,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_mla_decode` for sequences with different numbers of query tokens, 0 among them.
 
@@ -290,6 +310,7 @@ def flash_mla_decode_varlen(
             causal,
         ),
         num_splits,
+        batch_invariant,
     )
     return out, lse
 
@@ -311,7 +332,7 @@ def _results(
     return out, lse
 
 
-def _decode(args: DecodeArguments, num_splits: torch.Tensor | None) -> None:
+def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invariant: bool) -> None:
     """Check what both entries have in common; plan, if the plan is an `MLAPlan` still to be made; decode."""
     q_nope, k_cache, cache_seqlens = args.q_nope, args.k_cache, args.cache_seqlens
     b = q_nope.shape[0] if args.cu_seqlens_q is None else args.cu_seqlens_q.shape[0] - 1
@@ -322,13 +343,24 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None) -> None:
     if isinstance(metadata, MLAPlan):
         if num_splits is not None:
             fail("num_splits", "a value beside an MLAPlan", "None: the MLAPlan holds it")
-        metadata, num_splits = metadata.for_call(cache_seqlens, args.max_query_len, h_q, h_kv)
-        args = args._replace(tile_scheduler_metadata=metadata)
+        metadata, num_splits = metadata.for_call(
+            cache_seqlens, args.max_query_len, h_q, h_kv, batch_invariant
+        )
+    level = chunks.chunk_level(h_q // h_kv) if batch_invariant else 0
+    args = args._replace(tile_scheduler_metadata=metadata, chunk_level=level)
     parts = num_parts(device, args.max_query_len * h_q // h_kv, h_kv)
     check_plan_buffers(metadata, num_splits, parts, b, device)
     if device.type == "cpu":
-        check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits)
-    provider_for(device).decode(args)
+        check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits, level)
+    _provider(device, level).decode(args)
+
+
+def _provider(device: torch.device, chunk_level: int) -> Provider:
+    """The kernels to call, which must have the mode that is asked for."""
+    provider = provider_for(device)
+    if chunk_level and not provider.batch_invariant:
+        fail("batch_invariant", True, f"False: the {provider.name} kernels have no such mode")
+    return provider
 
 
 @lru_cache

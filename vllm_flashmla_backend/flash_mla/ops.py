@@ -45,9 +45,10 @@ def plan(
     cache_seqlens: torch.Tensor,  # (b) int32
     tile_scheduler_metadata: torch.Tensor,  # (num_parts, 8) int32, filled
     num_splits: torch.Tensor,  # (b + 1) int32, filled
+    chunk_level: int,
 ) -> None:
     """Launch the planner; `schedule.plan` says what it computes."""
-    _library().plan(cache_seqlens, tile_scheduler_metadata, num_splits)
+    _library().plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
 
 
 def decode(
@@ -65,6 +66,7 @@ def decode(
     lse_partial: torch.Tensor,  # (schedule.partial_slots, schedule.partial_rows) float32, scratch
     softmax_scale: float,
     causal: bool,
+    chunk_level: int,
 ) -> None:
     """Launch the decode kernel, which merges the splits, too."""
     _library().decode(
@@ -82,4 +84,5 @@ def decode(
         lse_partial,
         softmax_scale,
         causal,
+        chunk_level,
     )

@@ -40,6 +40,7 @@ class DecodeArguments(NamedTuple):
     lse: torch.Tensor  # (b, h_q, s_q) float32, written
     softmax_scale: float
     causal: bool
+    chunk_level: int = 0  # above 0: batch-invariant, see `chunks`
 
 
 class Provider(Protocol):
@@ -47,12 +48,14 @@ class Provider(Protocol):
 
     name: str
     takes_ragged: bool  # queries of different lengths
+    batch_invariant: bool  # has a mode that is
 
     def plan(
         self,
         cache_seqlens: torch.Tensor,  # (b,) int32
         tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32, written
         num_splits: torch.Tensor,  # (b + 1,) int32, written
+        chunk_level: int,
     ) -> None: ...
 
     def decode(self, args: DecodeArguments) -> None: ...
@@ -63,6 +66,7 @@ class NativeProvider:
 
     name = "native"
     takes_ragged = True
+    batch_invariant = True
 
     def __init__(self, device: torch.device) -> None:
         _require_hopper(self.name, device)
@@ -77,14 +81,15 @@ class NativeProvider:
             )
         self._ops, self._device = ops, device
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
         with torch.cuda.device(self._device):  # launches go to the current device, whatever the tensors' is
-            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits)
+            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
 
     def decode(self, args: DecodeArguments) -> None:
         b, h_q, h_kv = args.cache_seqlens.shape[0], args.out.shape[2], args.k_cache.shape[2]
         # How many splits there are is known on the GPU alone, so there is room for as many as can be.
-        slots = schedule.partial_slots(b, args.tile_scheduler_metadata.shape[0])
+        parts, max_pages = args.tile_scheduler_metadata.shape[0], args.block_table.shape[1]
+        slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
         rows = schedule.partial_rows(args.max_query_len, h_q // h_kv, h_kv)
         lse_partial = args.lse.new_empty(slots, rows)
         out_partial = args.lse.new_empty(slots, rows, args.out.shape[3])
@@ -104,6 +109,7 @@ class NativeProvider:
                 lse_partial,
                 args.softmax_scale,
                 args.causal,
+                args.chunk_level,
             )
 
 
@@ -112,13 +118,15 @@ class ReferenceProvider:
 
     name = "reference"
     takes_ragged = True
+    batch_invariant = True
 
     def __init__(self, device: torch.device) -> None:
         pass
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
         _refuse_capture(cache_seqlens)
-        metadata, splits = schedule.plan(cache_seqlens.tolist(), tile_scheduler_metadata.shape[0])
+        parts = tile_scheduler_metadata.shape[0]
+        metadata, splits = schedule.plan(cache_seqlens.tolist(), parts, chunk_level)
         tile_scheduler_metadata.copy_(metadata)
         num_splits.copy_(splits)
 
@@ -137,12 +145,13 @@ class FlashMLAProvider:
 
     name = "flash_mla"
     takes_ragged = False
+    batch_invariant = False
 
     def __init__(self, device: torch.device) -> None:
         _require_hopper(self.name, device)
         self._flash_mla = _import_flash_mla()
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
         tile_scheduler_metadata.zero_()
         num_splits.zero_()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .schedule import PAGE_SIZE, ceil_div, splits_of
+from . import chunks
+from .schedule import PAGE_SIZE, Split, ceil_div, num_pages, splits_of
 
 
 def decode(
@@ -26,15 +27,18 @@ def decode(
     lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, written
     softmax_scale: float,
     causal: bool,
+    chunk_level: int = 0,
 ) -> None:
     """Decode by the plan in float32: a partial result for each split, merged when a sequence has all.
+
+    In the batch-invariant mode (`chunk_level` above 0, see `chunks`) it has one for each chunk instead.
 
     The values of the lengths and of the plan are read on the host, so on a GPU this waits for it.
     """
     lengths, num_kv_heads = cache_seqlens.tolist(), k_cache.shape[2]
     query_begin = cu_seqlens_q.tolist() if cu_seqlens_q is not None else None
     q = torch.cat([q_nope, q_pe], dim=-1).float() * softmax_scale  # (b, s_q, h_q, 576)
-    partials = {}  # slot: out (h_kv, s_q * group, 512) and lse (h_kv, s_q * group)
+    partials = {}  # seq: a list of out (h_kv, s_q * group, 512) and lse (h_kv, s_q * group)
 
     for split in splits_of(tile_scheduler_metadata, lengths):
         if query_begin is None:
@@ -45,23 +49,45 @@ def decode(
         if s_q == 0:
             continue
         q_rows = _rows_by_kv_head(q[entry, tokens], num_kv_heads)  # (h_kv, s_q * group, 576)
-        begin = split.page_begin * PAGE_SIZE
-        end = min(split.page_end * PAGE_SIZE, lengths[split.seq])
-        pages = block_table[split.seq, split.page_begin : split.page_end]
-        # Cutting at `end` leaves out what lies past the length: nothing there is ever touched.
-        kv = k_cache.index_select(0, pages).flatten(0, 1)[: end - begin]  # (tokens, h_kv, 576)
-        hidden = None
-        if causal and s_q > 1:
-            hidden = _keys_after_query(begin, end, lengths[split.seq], s_q, q_rows.shape[1], q.device)
-        rows = _attend(q_rows, kv.transpose(0, 1).float(), hidden)
-        if split.splits > 1:
-            partials[split.slot] = rows
-            if split.split + 1 < split.splits:
-                continue
-            of_seq = [partials[split.slot - i] for i in reversed(range(split.splits))]
-            rows = combine(*(torch.stack(part) for part in zip(*of_seq, strict=True)))
+        length, done = lengths[split.seq], partials.setdefault(split.seq, [])
+        pieces, count = _pieces(split, num_pages(length), chunk_level)
+        for begin, end in pieces:
+            kv = _gather(k_cache, block_table[split.seq], begin, end, length)  # (h_kv, tokens, 576)
+            hidden = None
+            if causal and s_q > 1:
+                hidden = _keys_after_query(
+                    begin * PAGE_SIZE, kv.shape[1], length, s_q, q_rows.shape[1], q.device
+                )
+            done.append(_attend(q_rows, kv, hidden))
+        if not pieces or len(done) < count:
+            continue
+        rows = done[0]
+        if count > 1:
+            rows = combine(*(torch.stack(part) for part in zip(*done, strict=True)))
         out[entry, tokens] = _query_major(rows[0], s_q)
         lse[entry, :, tokens] = _query_major(rows[1].masked_fill(rows[1] == -torch.inf, torch.inf), s_q).T
+
+
+def _pieces(split: Split, pages: int, chunk_level: int) -> tuple[list[tuple[int, int]], int]:
+    """What is attended to at once: pages [begin, end) of the split, and how many such its sequence has."""
+    if chunk_level == 0:
+        return [(split.page_begin, split.page_end)], split.splits
+    return (
+        chunks.cut(split.page_begin, split.page_end, pages, chunk_level),
+        chunks.num_chunks(pages, chunk_level),
+    )
+
+
+def _gather(
+    k_cache: torch.Tensor,  # (pages, 64, h_kv, 576)
+    table: torch.Tensor,  # (max_pages,) int32
+    page_begin: int,
+    page_end: int,
+    length: int,
+) -> torch.Tensor:  # (h_kv, tokens, 576) float32
+    """A sequence's keys in pages [page_begin, page_end). Nothing past its length is touched."""
+    kv = k_cache.index_select(0, table[page_begin:page_end]).flatten(0, 1)  # (tokens, h_kv, 576)
+    return kv[: max(0, length - page_begin * PAGE_SIZE)].transpose(0, 1).float()
 
 
 def combine(
@@ -94,12 +120,12 @@ def _attend(
 
 
 def _keys_after_query(
-    begin: int, end: int, length: int, s_q: int, rows: int, device: torch.device
-) -> torch.Tensor:  # (rows, end - begin) bool
-    """Which of the keys [begin, end) each row must not see: row r is query token r // group."""
+    begin: int, keys: int, length: int, s_q: int, rows: int, device: torch.device
+) -> torch.Tensor:  # (rows, keys) bool
+    """Which of the keys from `begin` on each row must not see: row r is query token r // group."""
     token = torch.arange(rows, device=device) // (rows // s_q)
     last_visible = length - s_q + token
-    return torch.arange(begin, end, device=device) > last_visible.unsqueeze(1)
+    return torch.arange(begin, begin + keys, device=device) > last_visible.unsqueeze(1)
 
 
 def _rows_by_kv_head(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -20,6 +20,8 @@ from itertools import accumulate
 
 import torch
 
+from .chunks import chunk_pages, most_chunks, num_chunks
+
 PAGE_SIZE = 64
 """Tokens in a page of the KV cache."""
 
@@ -87,13 +89,16 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
 
-def partial_slots(batch: int, parts: int) -> int:
+def partial_slots(batch: int, parts: int, max_pages: int, chunk_level: int) -> int:
     """Room for partial results that is enough for any lengths.
 
     Part p's split of sequence i has slot p + r, r being the sequences before i that have several
-    splits. Each of these begins in a part of its own, so there are at most min(batch, parts).
+    splits. Each of these begins in a part of its own, so there are at most min(batch, parts). A single part
+    splits nothing. In the batch-invariant mode every chunk of a sequence of up to `max_pages` has a slot.
     """
-    return parts + min(batch, parts)
+    if chunk_level > 0:
+        return batch * most_chunks(max_pages, chunk_level)
+    return parts + min(batch, parts) if parts > 1 else 0
 
 
 def partial_rows(max_query_len: int, heads_per_kv_head: int, num_kv_heads: int) -> int:
@@ -126,8 +131,10 @@ def _share(total: int, ways: int, number: int) -> int:
     return number * (total // ways) + min(number, total % ways)
 
 
-def _a_split_a_part(pages: Sequence[int], parts: int, most: int) -> _Layout | None:
+def _a_split_a_part(pages: Sequence[int], parts: int, most: int, chunk_level: int) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
+
+    With chunks, each part has its even share of the sequence's chunks, which may be none.
 
     The length is the least with which the parts are enough; None if that is above `most`. The worst
     part costs `length` pages and a start. `most` is a share of all pages and a start for each
@@ -142,18 +149,22 @@ def _a_split_a_part(pages: Sequence[int], parts: int, most: int) -> _Layout | No
         return None
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
-    return _Layout(
-        first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
-    )
+
+    def page_at(seq: int, part: int) -> int:
+        chunks, chunk = num_chunks(pages[seq], chunk_level), chunk_pages(pages[seq], chunk_level)
+        return min(pages[seq], _share(chunks, splits[seq], part - first[seq]) * chunk)
+
+    return _Layout(first, [e - 1 for e in end], page_at)
 
 
-def _on_a_line(pages: Sequence[int], parts: int) -> _Layout:
+def _on_a_line(pages: Sequence[int], parts: int, chunk_level: int) -> _Layout:
     """Sequences one after another on a line, each START_COST places and its pages, cut evenly.
 
     The worst part costs its share of the line and a start that is not on it, where it goes on with
     a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
     `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
-    every part has at least START_COST + 1 places, one of them a page.
+    every part has at least START_COST + 1 places, one of them a page. With chunks, cuts move to where the
+    nearest chunk begins, and parts may be left without pages.
     """
     taken = [START_COST + max(1, n) for n in pages]
     end = list(accumulate(taken))
@@ -164,12 +175,13 @@ def _on_a_line(pages: Sequence[int], parts: int) -> _Layout:
         return bisect_right(begin, place) - 1
 
     def page_at(seq: int, part: int) -> int:
-        return min(max(0, begin[part] - page_0[seq]), pages[seq])
+        page, chunk = max(0, begin[part] - page_0[seq]), chunk_pages(pages[seq], chunk_level)
+        return pages[seq] if page >= pages[seq] else min((page + chunk // 2) // chunk * chunk, pages[seq])
 
     return _Layout([part_of(place) for place in page_0], [part_of(e - 1) for e in end], page_at)
 
 
-def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan one decode step on the host.
 
     Parameters
@@ -177,6 +189,7 @@ def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.
     cache_seqlens : tokens in the cache for each sequence, in all less than 2^31 pages; 0 is allowed,
         and less counts as 0.
     parts : what `num_parts` returned.
+    chunk_level : above 0, sequences are cut between chunks only: see `chunks`.
 
     Returns
     -------
@@ -186,7 +199,7 @@ def plan(cache_seqlens: Sequence[int], parts: int) -> tuple[torch.Tensor, torch.
     """
     pages = [num_pages(length) for length in cache_seqlens]
     share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
-    layout = _a_split_a_part(pages, parts, most=share) or _on_a_line(pages, parts)
+    layout = _a_split_a_part(pages, parts, share, chunk_level) or _on_a_line(pages, parts, chunk_level)
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
     num_splits, cut = [0], 0  # cut: sequences so far that have several splits

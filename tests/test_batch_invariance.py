@@ -1,0 +1,140 @@
+"""The batch-invariant mode: the same bits for a sequence, whatever else is in the batch.
+
+Sequences of thousands of tokens, for short ones are never split and prove nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mla_cases import SCALE, Case, Inputs, assert_agree, expected, make_inputs, plan_for, run, run_ragged
+from test_schedule import LENGTHS, PARTS
+
+from vllm_flashmla_backend.flash_mla import flash_mla_decode
+from vllm_flashmla_backend.flash_mla.chunks import chunk_level, chunk_pages, most_chunks, num_chunks
+from vllm_flashmla_backend.flash_mla.interface import plan_into
+from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
+from vllm_flashmla_backend.flash_mla.schedule import num_pages, plan, splits_of
+
+LEVELS = st.sampled_from([1, 2])
+MIXED = (2500, 0, 4100, 1, 64, 9000, 65, 1000, 257)
+CASES = [
+    Case(MIXED, h_q=16),
+    Case(MIXED, h_q=128),
+    Case(MIXED, s_q=2, h_q=20, causal=True),
+    Case(MIXED, h_q=12, h_kv=3, causal=True, strided=True),
+    Case((3000,) * 40, h_q=8, dtype=torch.float16),
+    Case((20_000, 300), h_q=64),
+    Case((700, 3000), s_q=8, h_q=128, causal=True),  # 16 tiles: few parts
+]
+
+
+def one_of(inputs: Inputs, seqs: list[int]) -> Inputs:
+    """These sequences of a batch, in this order, as a batch of their own."""
+    of_batch = ("q_nope", "q_pe", "block_table", "cache_seqlens")
+    return replace(inputs, **{name: getattr(inputs, name)[seqs].contiguous() for name in of_batch})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_agrees_with_the_naive_attention(case, device):
+    inputs = make_inputs(case, device)
+    assert_agree(run(case, inputs, batch_invariant=True), expected(case, inputs))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(case, device):
+    inputs = make_inputs(replace(case, strided=False), device)
+    together = run(case, inputs, batch_invariant=True)
+    order = list(reversed(range(len(case.lengths))))
+    for seqs in (order, *([seq] for seq in order[:9])):
+        alone = run(replace(case, lengths=tuple(case.lengths[i] for i in seqs)), one_of(inputs, seqs), True)
+        assert torch.equal(alone[0], together[0][seqs])
+        assert torch.equal(alone[1], together[1][seqs])
+
+
+def test_the_default_mode_does_not_have_the_same_bits(device):
+    """What the test above would miss if the mode made no difference."""
+    case = Case((4100,) * 12, h_q=16)
+    inputs = make_inputs(case, device)
+    alone = run(replace(case, lengths=case.lengths[:1]), one_of(inputs, [0]))
+    assert not torch.equal(alone[1][0], run(case, inputs)[1][0])
+
+
+def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(device):
+    case = Case((2500, 4100, 64), s_q=4, h_q=16, causal=True)
+    inputs = make_inputs(case, device)
+    together = run_ragged(case, inputs, (3, 1, 4), batch_invariant=True)
+    for seq, query_len in enumerate((3, 1, 4)):
+        one = replace(case, lengths=case.lengths[seq : seq + 1], s_q=query_len)
+        alone = run_ragged(one, one_of(inputs, [seq]), (query_len,), batch_invariant=True)[0]
+        assert torch.equal(alone[0], together[seq][0])
+        assert torch.equal(alone[1], together[seq][1])
+
+
+@pytest.mark.gpu
+def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
+    gpu = torch.device("cuda", 0)
+    case = Case((9000,) * 6, h_q=16)
+    inputs = make_inputs(case, gpu)
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    metadata, num_splits = plan_for(case, inputs, True)
+    out = torch.empty_like(inputs.q_nope)
+
+    def step() -> None:
+        plan_into(inputs.cache_seqlens, metadata, num_splits, chunk_level(case.h_q))
+        flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    lengths = (9000, 0, 77, 4097, 8192, 2048)
+    inputs.cache_seqlens.copy_(torch.tensor(lengths))
+    graph.replay()
+    for seq, length in enumerate(lengths):
+        alone = run(replace(case, lengths=(length,)), one_of(inputs, [seq]), True)
+        assert torch.equal(alone[0][0], out[seq])
+
+
+@given(LENGTHS, PARTS, LEVELS)
+def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
+    next_page = [0] * len(lengths)
+    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+        assert split.page_begin == next_page[split.seq] <= split.page_end
+        next_page[split.seq] = split.page_end
+        if split.page_end < num_pages(lengths[split.seq]):
+            assert split.page_end % chunk_pages(num_pages(lengths[split.seq]), level) == 0
+    assert next_page == [num_pages(length) for length in lengths]
+
+
+@given(st.integers(0, 70_000), LEVELS)
+def test_no_sequence_has_more_chunks_than_there_is_room_for(max_pages, level):
+    shorter = {max_pages, max_pages // 2, *(4**i for i in range(9) if 4**i <= max_pages)}
+    assert max(num_chunks(pages, level) for pages in shorter) == most_chunks(max_pages, level)
+
+
+def test_chunks_are_few_where_merging_is_dear():
+    """At 8,192 tokens: 8 chunks of 16 pages with up to 32 heads, 4 of 32 pages with more."""
+    assert [num_chunks(128, chunk_level(heads)) for heads in (1, 16, 32, 33, 128)] == [8, 8, 8, 4, 4]
+
+
+def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
+    case = Case((3000, 5000), h_q=16)
+    inputs = make_inputs(case, torch.device("cpu"))
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    default = plan_for(case, inputs, False)
+    with pytest.raises(ValueError, match="a plan for other lengths, expected one .* batch-invariant"):
+        flash_mla_decode(*tensors, *default, SCALE, False, batch_invariant=True)
+
+
+def test_kernels_without_the_mode_refuse_it(monkeypatch):
+    monkeypatch.setattr(ReferenceProvider, "batch_invariant", False)
+    monkeypatch.setenv(CHOICE_VARIABLE, "reference")
+    case = Case((3000,), h_q=16)
+    with pytest.raises(ValueError, match="batch_invariant: got True, expected False: the reference kernels"):
+        run(case, make_inputs(case, torch.device("cpu")), batch_invariant=True)
