@@ -23,6 +23,7 @@ from mla_cases import SCALE, Case, assert_agree, expected, make_inputs, nan_resu
 
 from vllm_flashmla_backend.flash_mla import (
     flash_mla_decode,
+    flash_mla_decode_varlen,
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
@@ -272,6 +273,31 @@ def test_plan_of_another_batch_stays_within_the_call():
     flash_mla_decode(*tensors, foreign, num_splits, SCALE, False, around[2:4])
     torch.cuda.synchronize()
     assert around[:2].isnan().all() and around[4:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("begins", [(0, 3, 3, 8), (0, 500, -7, 8), (0, 2**31 - 1, 2**31 - 1, 2**31 - 1)])
+def test_wild_query_lengths_and_a_foreign_plan_stay_within_a_ragged_call(begins):
+    """Neither is read back from a GPU: rows may be wrong, but no foreign memory is touched."""
+    gpu, lengths = torch.device("cuda", 0), (200, 130, 700)
+    case = Case(lengths, s_q=4, causal=True)
+    inputs = make_inputs(case, gpu)
+    foreign, _ = get_mla_metadata(make_inputs(Case((5000,) * 40), gpu).cache_seqlens, 4 * 16, 1)
+    _, num_splits = get_mla_metadata(inputs.cache_seqlens, 4 * 16, 1)
+    around = torch.full((12, 16, 512), torch.nan, dtype=case.dtype, device=gpu)
+    flash_mla_decode_varlen(
+        inputs.q_nope.flatten(0, 1)[:8],
+        inputs.q_pe.flatten(0, 1)[:8],
+        *(inputs.k_cache, inputs.block_table, inputs.cache_seqlens),
+        torch.tensor(begins, dtype=torch.int32, device=gpu),
+        4,
+        *(foreign, num_splits),
+        SCALE,
+        True,
+        around[2:10],
+    )
+    torch.cuda.synchronize()
+    assert around[:2].isnan().all() and around[10:].isnan().all()
 
 
 @pytest.mark.gpu

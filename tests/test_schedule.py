@@ -20,6 +20,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     START_COST,
     Field,
     ceil_div,
+    partial_rows,
     partial_slots,
     plan,
     splits_of,
@@ -122,6 +123,25 @@ def test_every_partial_result_has_a_slot_of_its_own(lengths, parts):
     assert all(0 <= split.slot < partial_slots(len(lengths), parts, 0, 0) for split in partial)
     for one, next_one in pairwise(partial):
         assert one.seq != next_one.seq or one.slot + 1 == next_one.slot, "consecutive along a sequence"
+
+
+@pytest.mark.parametrize(
+    "query_len, heads, kv_heads, rows",
+    [
+        (1, 16, 1, 16),  # one tile, cut off behind its rows
+        (1, 20, 1, 24),  # rounded up to 8
+        (1, 128, 1, 128),
+        (2, 65, 1, 3 * 64 + 64),  # 64 heads and one head of each token: four tiles, the last of them whole
+        (4, 48, 1, 3 * 64 + 64),  # a token a tile
+        (3, 4, 3, 2 * 64 + 16),  # a tile for each KV head
+    ],
+)
+def test_partial_results_have_whole_tiles_but_for_the_last(query_len, heads, kv_heads, rows):
+    assert partial_rows(query_len, heads, kv_heads) == rows
+
+
+def test_a_single_part_needs_no_room_for_partial_results():
+    assert partial_slots(300, 1, 50, 0) == 0
 
 
 def test_equal_sequences_are_cut_alike():
