@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -9,6 +12,12 @@ import torch
 # How long an example takes says more about what else the machine does than about this code.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+# What vLLM compiles it keeps in files that are not made for two writers: each of pytest-xdist's
+# processes gets a folder of its own, the same one every time.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser()
+    os.environ["VLLM_CACHE_ROOT"] = str(cache / "tests" / worker)
 
 
 def _why_no_hopper() -> str | None:

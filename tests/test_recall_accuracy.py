@@ -22,11 +22,12 @@ TRANSFORMERS = json.loads((Path(MODEL) / "results.json").read_text())["evaluatio
 
 @pytest.fixture(scope="module")
 def llm():
-    with engine("FLASHMLA", max_model_len=4096, kv_cache_memory_bytes=1 << 30) as llm:
+    as_by_default = dict(compilation_config=None) if ON_GPU else {}
+    with engine("FLASHMLA", max_model_len=4096, **as_by_default) as llm:
         yield llm
 
 
 def test_accuracy_on_fresh_prompts_is_that_of_transformers(llm):
-    """With CUDA graphs on a GPU, as vLLM has them by default."""
+    """Compiled and with CUDA graphs on a GPU, as vLLM does it by default."""
     assert llm.llm_engine.model_config.enforce_eager is not ON_GPU
     assert count_right(llm, PROMPTS) / len(PROMPTS) >= TRANSFORMERS - 0.005

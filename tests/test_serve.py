@@ -28,7 +28,8 @@ ANSWER = {"model": "recall", "temperature": 0, "max_tokens": ANSWER_TOKENS}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    options = ["--kv-cache-memory-bytes", "1G"]  # by default vLLM takes nearly all memory
+    # By default vLLM takes nearly all memory, and starts only where it is free.
+    options = ["--kv-cache-memory-bytes", "1G", "--gpu-memory-utilization", "0.05"]
     if not torch.cuda.is_available():
         options += ["--enforce-eager"]  # compiling takes a CPU longer than these tests do
     with serve(RECALL, *options, name="recall") as server:

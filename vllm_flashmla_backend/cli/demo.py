@@ -23,6 +23,7 @@ RECALL = Path(__file__).parents[2] / "configs" / "recall"
 SEED = 20
 MIN_TOKENS, MAX_TOKENS = 500, 4000
 CACHE_BYTES = 1 << 30  # 466,000 tokens of the recall model; by default vLLM takes nearly all memory
+FREE_SHARE = 0.05  # of a GPU's memory, without which vLLM does not start; by default 0.92
 LEAST_RIGHT = 0.99
 """The model answers this share of such prompts where attention is right; less is a failure."""
 
@@ -62,6 +63,7 @@ def start_engine(model: Path) -> LLM:
         model=str(model),
         attention_backend="FLASHMLA",
         kv_cache_memory_bytes=CACHE_BYTES,
+        gpu_memory_utilization=FREE_SHARE,
         enforce_eager=current_platform.is_cpu(),  # compiling takes a CPU longer than answering
     )
 
