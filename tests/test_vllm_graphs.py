@@ -34,13 +34,14 @@ QUESTIONS = recall.make_prompts(seed=77, count=sum(WAVES), min_tokens=200, max_t
 
 # Not compiled where vLLM allows it, and else not by Inductor, which would take longer than the test.
 WHOLE, IN_PIECES = {"mode": 0}, {"mode": 3, "backend": "eager"}
-V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # vLLM's next model runner; 0.26 uses it for DeepSeek-V2
+# vLLM's model runner, and its next one, which 0.26 uses for DeepSeek-V2 by default.
+V1, V2 = ({"VLLM_USE_V2_MODEL_RUNNER": flag} for flag in "01")
 CASES = [
     # asked for, compiled, environment, what UNIFORM_BATCH makes of it
-    pytest.param("FULL", WHOLE, {}, "FULL_DECODE_ONLY", id="FULL"),
-    pytest.param("FULL_DECODE_ONLY", WHOLE, {}, "FULL_DECODE_ONLY", id="FULL_DECODE_ONLY"),
-    pytest.param("PIECEWISE", IN_PIECES, {}, "PIECEWISE", id="PIECEWISE"),
-    pytest.param("FULL_AND_PIECEWISE", IN_PIECES, {}, "FULL_AND_PIECEWISE", id="FULL_AND_PIECEWISE"),
+    pytest.param("FULL", WHOLE, V1, "FULL_DECODE_ONLY", id="FULL"),
+    pytest.param("FULL_DECODE_ONLY", WHOLE, V1, "FULL_DECODE_ONLY", id="FULL_DECODE_ONLY"),
+    pytest.param("PIECEWISE", IN_PIECES, V1, "PIECEWISE", id="PIECEWISE"),
+    pytest.param("FULL_AND_PIECEWISE", IN_PIECES, V1, "FULL_AND_PIECEWISE", id="FULL_AND_PIECEWISE"),
     pytest.param("FULL_AND_PIECEWISE", IN_PIECES, V2, "FULL_AND_PIECEWISE", id="FULL_AND_PIECEWISE-V2"),
 ]
 
@@ -120,7 +121,7 @@ def test_replayed_steps_equal_eager_ones(asked, compiled, environment, resolved,
     compilation = compiled | {"cudagraph_mode": asked, "cudagraph_capture_sizes": CAPTURED}
     with engine("FLASHMLA", environment, compilation_config=compilation, **OPTIONS) as llm:
         config = llm.llm_engine.vllm_config
-        assert config.use_v2_model_runner == bool(environment)
+        assert config.use_v2_model_runner == (environment == V2)
         assert config.compilation_config.cudagraph_mode.name == resolved
         layers = llm.llm_engine.model_config.get_num_layers(config.parallel_config)
         steps.clear()  # the eager engine's, and those of the start
