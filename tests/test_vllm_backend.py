@@ -172,6 +172,10 @@ def test_kernels_that_cannot_run_are_a_reason(monkeypatch):
     [
         (dict(block_size=16), "--block-size must be a multiple of 64 .*got 16"),
         (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype fp8 needs a Hopper GPU"),
+        (
+            dict(tensor_parallel_size=2, decode_context_parallel_size=2),
+            "--decode-context-parallel-size must be 1 on a CPU.* got 2; --tensor-parallel-size works",
+        ),
     ],
 )
 def test_the_command_line_is_refused_before_the_engine_starts(options, reason):
@@ -284,9 +288,24 @@ def build_decode(builder, query_begin: list[int], num_decode_tokens: int):
 
 def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch):
     builder, asked = make_builder(monkeypatch, dcp_world_size=4)
-    decode = build_decode(builder, [0, 3, 6], 6)
-    assert asked == [16 * 4, 3 * 16 * 4]
+    decode = build_decode(builder, [0, 1, 2], 2)
+    assert asked == [16 * 4, 16 * 4]
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
+
+
+def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):
+    """Known failures 4, 8: a rank has every N-th token, so lengths minus query tokens say nothing."""
+    builder, _ = make_builder(monkeypatch, dcp_world_size=2)
+    with pytest.raises(ValueError, match="one query token per sequence under decode context .* got 3"):
+        build_decode(builder, [0, 3, 6], 6)
+
+
+@pytest.mark.parametrize("ranks, support", [(1, "UNIFORM_BATCH"), (2, "UNIFORM_SINGLE_TOKEN_DECODE")])
+def test_context_parallelism_captures_graphs_of_the_queries_that_it_decodes(ranks, support):
+    """vLLM asserts while it captures graphs of drafts that context parallelism prefills."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=ranks))
+    spec = SimpleNamespace(cache_dtype_str="auto")
+    assert metadata.FlashMLAMetadataBuilder.get_cudagraph_support(config, spec).name == support
 
 
 @pytest.mark.parametrize("takes_ragged", [True, False])

