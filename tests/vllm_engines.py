@@ -46,7 +46,7 @@ def engine(backend: str, environment: dict[str, str] | None = None, **options) -
         for name, value in (ENVIRONMENT | (environment or {})).items():
             patch.setenv(name, value)
         vllm.envs.disable_envs_cache()  # an engine before this one may have fixed what vLLM sees of them
-        llm = LLM(MODEL, attention_backend=backend, **defaults | options)
+        llm = LLM(**dict(model=MODEL, attention_backend=backend) | defaults | options)
         try:
             yield llm
         finally:
