@@ -132,7 +132,11 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
                             .batch = static_cast<int>(batch),
                             .num_parts = static_cast<int>(tile_scheduler_metadata.size(0)),
                             .chunk_level = static_cast<int>(chunk_level)};
-    launch_plan(params, current_stream(seq_lens));
+    if (chunk_level > 0) {
+        launch_plan_chunks(params, current_stream(seq_lens));
+    } else {
+        launch_plan(params, current_stream(seq_lens));
+    }
 }
 
 // How the query rows of a KV head are cut into tiles.

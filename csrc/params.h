@@ -110,6 +110,7 @@ inline int most_chunks(int max_pages, int level) {
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);
+void launch_plan_chunks(const PlanParams& params, cudaStream_t stream);
 void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStream_t stream);
 
 }  // namespace mla

@@ -143,7 +143,6 @@ __device__ unsigned split_length(const PlanParams& params, unsigned pages, unsig
 struct Layout {
     unsigned split;
     Shares line;
-    int chunk_level;
 
     // Of parts with a split each, or of places on the line.
     __device__ unsigned extent(unsigned pages) const {
@@ -155,18 +154,6 @@ struct Layout {
         seq.page_0 = begin + kStartCost;
         seq.first_part = split > 0 ? begin : line.holder(seq.page_0);
         seq.last_part = split > 0 ? last : line.holder(last);
-    }
-
-    // The page of a sequence that one of its parts begins at, or one past the last.
-    __device__ unsigned page_at(const Sequence& seq, unsigned part) const {
-        const int log2 = chunk_level > 0 ? chunk_log2(seq.pages, chunk_level) : 0;
-        if (split > 0) {
-            const unsigned chunks = (seq.pages + (1u << log2) - 1) >> log2;
-            return min(seq.pages, Shares(chunks, seq.splits()).begin(part - seq.first_part) << log2);
-        }
-        const unsigned place = line.begin(part), page = place - min(place, seq.page_0);
-        if (page >= seq.pages) return seq.pages;
-        return min(seq.pages, (page + (1u << log2 >> 1)) >> log2 << log2);  // the nearest chunk's
     }
 };
 
@@ -184,10 +171,20 @@ __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* 
     if (begun <= ended) return row;
 
     const Sequence &first = sequences[ended], &last = sequences[begun - 1];
+    unsigned page, page_end;
+    if (layout.split > 0) {  // one split: first and last are the same sequence
+        const Shares splits(first.pages, first.splits());
+        page = splits.begin(part - first.first_part);
+        page_end = splits.begin(part - first.first_part + 1);
+    } else {
+        const unsigned begin = layout.line.begin(part), end = layout.line.begin(part + 1);
+        page = begin - min(begin, first.page_0);
+        page_end = min(last.pages, end - min(end, last.page_0));
+    }
     row.first_seq = base + ended;
-    row.first_page = layout.page_at(first, part);
+    row.first_page = page;
     row.last_seq = base + begun - 1;
-    row.last_page_end = layout.page_at(last, part + 1);
+    row.last_page_end = page_end;
     row.first_split = part - first.first_part;
     row.first_splits = first.splits();
     row.last_splits = last.splits();
@@ -207,8 +204,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) { places[0] += kStartCost + taken(n); });
     block_sum<kWarps>(places);
     const Shares line(places[0], num_parts);
-    const Layout layout{batch > num_parts ? 0 : split_length<kWarps>(params, pages, line.longest()), line,
-                        params.chunk_level};
+    const Layout layout{batch > num_parts ? 0 : split_length<kWarps>(params, pages, line.longest()), line};
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;

@@ -31,6 +31,12 @@ TILE_ROWS = 64
 START_COST = 3
 """What starting a split costs, in pages: loading q, filling the pipeline, storing the result."""
 
+CHUNK_COST = 1
+"""What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
+
+NUM_BUDGETS = 32
+"""How many budgets the batch-invariant mode tries: a lane of a warp each."""
+
 CPU_PARTS = 16
 """Parts planned for where there is no GPU; more of them exercise the merge, fewer run faster."""
 
@@ -131,10 +137,8 @@ def _share(total: int, ways: int, number: int) -> int:
     return number * (total // ways) + min(number, total % ways)
 
 
-def _a_split_a_part(pages: Sequence[int], parts: int, most: int, chunk_level: int) -> _Layout | None:
+def _a_split_a_part(pages: Sequence[int], parts: int, most: int) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
-
-    With chunks, each part has its even share of the sequence's chunks, which may be none.
 
     The length is the least with which the parts are enough; None if that is above `most`. The worst
     part costs `length` pages and a start. `most` is a share of all pages and a start for each
@@ -149,22 +153,18 @@ def _a_split_a_part(pages: Sequence[int], parts: int, most: int, chunk_level: in
         return None
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
-
-    def page_at(seq: int, part: int) -> int:
-        chunks, chunk = num_chunks(pages[seq], chunk_level), chunk_pages(pages[seq], chunk_level)
-        return min(pages[seq], _share(chunks, splits[seq], part - first[seq]) * chunk)
-
-    return _Layout(first, [e - 1 for e in end], page_at)
+    return _Layout(
+        first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
+    )
 
 
-def _on_a_line(pages: Sequence[int], parts: int, chunk_level: int) -> _Layout:
+def _on_a_line(pages: Sequence[int], parts: int) -> _Layout:
     """Sequences one after another on a line, each START_COST places and its pages, cut evenly.
 
     The worst part costs its share of the line and a start that is not on it, where it goes on with
     a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
     `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
-    every part has at least START_COST + 1 places, one of them a page. With chunks, cuts move to where the
-    nearest chunk begins, and parts may be left without pages.
+    every part has at least START_COST + 1 places, one of them a page.
     """
     taken = [START_COST + max(1, n) for n in pages]
     end = list(accumulate(taken))
@@ -175,10 +175,47 @@ def _on_a_line(pages: Sequence[int], parts: int, chunk_level: int) -> _Layout:
         return bisect_right(begin, place) - 1
 
     def page_at(seq: int, part: int) -> int:
-        page, chunk = max(0, begin[part] - page_0[seq]), chunk_pages(pages[seq], chunk_level)
-        return pages[seq] if page >= pages[seq] else min((page + chunk // 2) // chunk * chunk, pages[seq])
+        return min(max(0, begin[part] - page_0[seq]), pages[seq])
 
     return _Layout([part_of(place) for place in page_0], [part_of(e - 1) for e in end], page_at)
+
+
+def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
+    """The batch-invariant mode: whole chunks, each part filled with them up to a budget.
+
+    A chunk costs its pages and CHUNK_COST, what a part does of a sequence START_COST beside. Of
+    NUM_BUDGETS between the fair share and one that is always enough, the least that is enough is taken.
+    """
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
+    least = max(ceil_div(sum(cost) + START_COST * len(pages), parts), START_COST + dearest)
+    for i in range(NUM_BUDGETS):
+        budget = least + (2 * START_COST + dearest) * i // (NUM_BUDGETS - 1)
+        begins = _fill(pages, cost, budget, level)
+        if max(begins[-1]) < parts:
+            break
+    return _Layout(
+        [min(of_seq) for of_seq in begins],
+        [max(of_seq) for of_seq in begins],
+        lambda seq, part: begins[seq].get(part, pages[seq]),
+    )
+
+
+def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
+    """For each sequence, the page that each part on it begins at."""
+    begins, part, room = [], 0, budget
+    for n, left in zip(pages, cost, strict=True):
+        chunk, page = chunk_pages(n, level), 0
+        begins.append({})
+        while START_COST + left > room:
+            fitting = max(0, room - START_COST) // (chunk + CHUNK_COST)
+            if fitting:
+                begins[-1][part] = page
+            page, left = page + fitting * chunk, left - fitting * (chunk + CHUNK_COST)
+            part, room = part + 1, budget
+        begins[-1][part] = page
+        room -= START_COST + left
+    return begins
 
 
 def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +236,10 @@ def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tupl
     """
     pages = [num_pages(length) for length in cache_seqlens]
     share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
-    layout = _a_split_a_part(pages, parts, share, chunk_level) or _on_a_line(pages, parts, chunk_level)
+    if chunk_level > 0:
+        layout = _in_chunks(pages, parts, chunk_level)
+    else:
+        layout = _a_split_a_part(pages, parts, most=share) or _on_a_line(pages, parts)
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
     num_splits, cut = [0], 0  # cut: sequences so far that have several splits

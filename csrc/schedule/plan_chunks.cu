@@ -1,0 +1,142 @@
+// The batch-invariant planner: schedule.py's _in_chunks(), byte for byte.
+//
+// One warp. Each lane tries a budget: it walks the sequences, filling part after part with whole chunks. Then
+// all walk them with the least budget that fitted, and write the rows.
+#include "../cuda_check.h"
+#include "../params.h"
+
+namespace mla {
+namespace {
+
+constexpr unsigned kStartCost = 3;  // pages; START_COST of schedule.py
+constexpr unsigned kChunkCost = 1;  // CHUNK_COST of schedule.py
+constexpr unsigned kBudgets = 32;   // that are tried: a lane each
+
+// A sequence's pages, and how they are cut into chunks. One without pages counts as one of a page.
+struct Chunks {
+    unsigned pages;
+    unsigned length;
+    unsigned cost;  // of a whole chunk
+    unsigned total_cost;
+
+    __device__ Chunks(unsigned seq_pages, int level)
+        : pages(max(seq_pages, 1u)),
+          length(1u << chunk_log2(seq_pages, level)),
+          cost(length + kChunkCost),
+          total_cost(pages + (pages + length - 1) / length * kChunkCost) {}
+};
+
+// Sequences handed out so far: parts are filled up to `budget`.
+struct Filler {
+    unsigned budget;
+    unsigned part = 0;
+    unsigned room;
+
+    __device__ explicit Filler(unsigned budget) : budget(budget), room(budget) {}
+
+    // A sequence's pieces: `head` chunks in its first part, `each` in the next ones, the rest in its last.
+    struct Pieces {
+        unsigned first_part;
+        unsigned count;
+        unsigned head;
+        unsigned each;
+    };
+
+    __device__ Pieces take(const Chunks& chunks) {
+        unsigned left = chunks.total_cost;
+        if (kStartCost + min(left, chunks.cost) > room) {  // not even a chunk: in the next part
+            ++part;
+            room = budget;
+        }
+        Pieces pieces{.first_part = part, .count = 1};
+        if (kStartCost + left > room) {
+            pieces.head = (room - kStartCost) / chunks.cost;
+            pieces.each = (budget - kStartCost) / chunks.cost;
+            left -= pieces.head * chunks.cost;
+            const unsigned over = kStartCost + left - min(kStartCost + left, budget);
+            const unsigned step = pieces.each * chunks.cost, between = (over + step - 1) / step;
+            left -= between * step;
+            pieces.count = between + 2;
+            part += between + 1;
+            room = budget;
+        }
+        room -= kStartCost + left;
+        return pieces;
+    }
+};
+
+// Pages of the warp's next 32 sequences, a lane each; past the batch's end none.
+__device__ unsigned load_pages(const PlanParams& params, unsigned base) {
+    const unsigned seq = base + threadIdx.x;
+    return seq < static_cast<unsigned>(params.batch) ? pages_of(params.seq_lens[seq]) : 0;
+}
+
+// Calls `work` with each sequence and its chunks, all lanes together.
+template <typename Work>
+__device__ void for_each_sequence(const PlanParams& params, Work&& work) {
+    const unsigned batch = params.batch;
+#pragma unroll 1
+    for (unsigned base = 0; base < batch; base += 32) {
+        const unsigned pages = load_pages(params, base);
+#pragma unroll 1
+        for (unsigned i = 0; i < min(32u, batch - base); ++i)
+            work(base + i, Chunks(__shfl_sync(~0u, pages, i), params.chunk_level));
+    }
+}
+
+// The least of the budgets with which there are enough parts.
+__device__ unsigned choose_budget(const PlanParams& params) {
+    const unsigned num_parts = params.num_parts;
+    unsigned total = 0, largest = 0;  // cost of all, and of the dearest chunk
+    for_each_sequence(params, [&](unsigned, const Chunks& chunks) {
+        total += kStartCost + chunks.total_cost;
+        largest = max(largest, min(chunks.length, chunks.pages) + kChunkCost);
+    });
+    const unsigned least = max((total + num_parts - 1) / num_parts, kStartCost + largest);
+    Filler filler(least + (2 * kStartCost + largest) * threadIdx.x / (kBudgets - 1));
+    for_each_sequence(params, [&](unsigned, const Chunks& chunks) { filler.take(chunks); });
+    const unsigned enough = __ballot_sync(~0u, filler.part < num_parts);  // the last budget always is
+    return __shfl_sync(~0u, filler.budget, __ffs(enough) - 1);
+}
+
+__global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_constant__ PlanParams params) {
+    const unsigned lane = threadIdx.x;
+    for (int part = lane; part < params.num_parts; part += kBudgets)
+        params.parts[part] = PartPlan{.first_seq = params.batch};
+    Filler filler(choose_budget(params));
+    unsigned splits = 0, cut = 0;  // so far: in all; sequences that have several
+    if (lane == 0) params.num_splits[0] = 0;
+    for_each_sequence(params, [&](unsigned seq, const Chunks& chunks) {
+        const Filler::Pieces pieces = filler.take(chunks);
+        __syncwarp();  // rows that the sequence before wrote are there
+        for (unsigned piece = lane; piece < pieces.count; piece += kBudgets) {
+            const auto page_at = [&](unsigned i) {
+                return i == 0 ? 0 : (pieces.head + (i - 1) * pieces.each) * chunks.length;
+            };
+            PartPlan& row = params.parts[pieces.first_part + piece];
+            if (row.first_seq == params.batch) {
+                row.first_seq = seq;
+                row.first_page = page_at(piece);
+                row.first_split = piece;
+                row.first_splits = pieces.count;
+                row.first_slot = pieces.first_part + piece + cut;
+            }
+            row.last_seq = seq;
+            row.last_page_end =
+                piece + 1 < pieces.count ? page_at(piece + 1) : pages_of(params.seq_lens[seq]);
+            row.last_splits = pieces.count;
+        }
+        splits += pieces.count;
+        cut += pieces.count > 1;
+        if (lane == 0) params.num_splits[seq + 1] = splits;
+    });
+}
+
+}  // namespace
+
+void launch_plan_chunks(const PlanParams& params, cudaStream_t stream) {
+    plan_chunks_kernel<<<1, kBudgets, 0, stream>>>(params);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace mla
