@@ -137,7 +137,7 @@ struct ConsumerState {
 };
 
 // Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
-template <typename T, bool kInvariant>
+template <typename T, Mode kMode>
 __device__ inline float2 consume_scores_and_left(const DecodeParams& params, SharedStorage& shared,
                                                  const RowTile& tile, const Split& split,
                                                  ConsumerState& state, float (&output)[128]) {
@@ -172,7 +172,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sha
     }
     softmax.finish();
     if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
-    if constexpr (kInvariant) {
+    if constexpr (kMode == Mode::kBatchInvariant) {
         if (!split.is_idle()) store_lse(params, SplitPlace::of_chunk(params, split), tile, split, softmax);
     } else {
         store_lse(params, SplitPlace(params, shared.plan, split), tile, split, softmax);
@@ -208,12 +208,12 @@ __device__ inline float2 consume_right(SharedStorage& shared, const Split& split
 }
 
 // Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
-template <typename T>
+template <typename T, Mode kMode>
 __device__ inline void finish_split(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
                                     const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
-    const bool exchanged = place.is_partial() && is_exchange(params, shared.plan, place);
+    const bool exchanged = kMode == Mode::kManyRows && is_exchange(params, shared.plan, place);
     const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
@@ -250,20 +250,20 @@ __device__ inline void finish_chunk(const DecodeParams& params, SharedStorage& s
 }
 
 // A consumer's half of a split, from its pages to its result in memory.
-template <typename T, bool kInvariant>
+template <typename T, Mode kMode>
 __device__ inline void consume(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
                                const Split& split, int consumer, ConsumerState& state) {
     float output[128];
     clear(output);
-    const float2 scale =
-        consumer == kLeft ? consume_scores_and_left<T, kInvariant>(params, shared, tile, split, state, output)
-                          : consume_right<T>(shared, split, state, output);
+    const float2 scale = consumer == kLeft
+                             ? consume_scores_and_left<T, kMode>(params, shared, tile, split, state, output)
+                             : consume_right<T>(shared, split, state, output);
     const int slot = state.stage.slot;
     uint8_t* v_tiles = shared.k[slot][consumer * kTilesHalfV];
-    if constexpr (kInvariant) {
+    if constexpr (kMode == Mode::kBatchInvariant) {
         finish_chunk<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
     } else {
-        finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
+        finish_split<T, kMode>(params, shared, tile, split, consumer, v_tiles, scale, output);
     }
     if (split.is_empty()) return;
     warp_arrive(&shared.k_empty[slot][consumer == kLeft ? kLeftV : kRightV]);

@@ -32,7 +32,7 @@ __device__ void init_barriers(SharedStorage& shared) {
     ptx::fence_barrier_init();
 }
 
-template <typename T, bool kInvariant>
+template <typename T, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
@@ -55,33 +55,36 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::give_registers<kProducerRegisters>();
         if (thread != 2 * kWarpgroup) return;
         Loader loader(params, maps, shared);
-        for_each_split<kInvariant>(params, shared.plan, tile,
-                                   [&](const Split& split) { loader.load(tile, split); });
+        for_each_split<kMode>(params, shared.plan, tile,
+                              [&](const Split& split) { loader.load(tile, split); });
         return;
     }
     ptx::take_registers<kConsumerRegisters>();
     ConsumerState state;
-    for_each_split<kInvariant>(params, shared.plan, tile, [&](const Split& split) {
-        consume<T, kInvariant>(params, shared, tile, split, warpgroup, state);
+    for_each_split<kMode>(params, shared.plan, tile, [&](const Split& split) {
+        consume<T, kMode>(params, shared, tile, split, warpgroup, state);
     });
-    if constexpr (kInvariant) {
+    if constexpr (kMode == Mode::kBatchInvariant) {
         merge_chunks<T>(params, shared, tile, warpgroup);
     } else {
-        merge_splits<T>(params, shared, tile, warpgroup);
+        merge_splits<T, kMode>(params, shared, tile, warpgroup);
     }
 }
 
 using Kernel = void (*)(DecodeParams, DecodeMaps);
 
+// By shapes alone: a captured graph is replayed with other lengths.
+template <typename T>
 Kernel kernel_for(const DecodeParams& params) {
-    const bool invariant = params.chunk_level > 0;
-    if (params.dtype == DType::kBFloat16)
-        return invariant ? decode_kernel<__nv_bfloat16, true> : decode_kernel<__nv_bfloat16, false>;
-    return invariant ? decode_kernel<__half, true> : decode_kernel<__half, false>;
+    constexpr int kFewRows = 32;
+    if (params.chunk_level > 0) return decode_kernel<T, Mode::kBatchInvariant>;
+    return params.query_len * params.heads_per_group <= kFewRows ? decode_kernel<T, Mode::kFewRows>
+                                                                 : decode_kernel<T, Mode::kManyRows>;
 }
 
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
-    const Kernel kernel = kernel_for(params);
+    const Kernel kernel =
+        params.dtype == DType::kBFloat16 ? kernel_for<__nv_bfloat16>(params) : kernel_for<__half>(params);
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
     CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)));

@@ -207,13 +207,14 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 }
 
 // Merges the part's first and last sequence where other parts work on them, too.
-template <typename T>
+template <typename T, Mode kMode>
 __device__ inline void merge_splits(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
                                     int consumer) {
     constexpr int kFewSplits = 7;
-    for_each_split<false>(params, shared.plan, tile, [&](const Split& split) {
+    for_each_split<kMode>(params, shared.plan, tile, [&](const Split& split) {
         const SplitPlace place(params, shared.plan, split);
-        if (!place.is_partial() || is_exchange(params, shared.plan, place)) return;
+        if (!place.is_partial()) return;
+        if (kMode == Mode::kManyRows && is_exchange(params, shared.plan, place)) return;
         wait_for_all(params, shared, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
             merge_wide<T>(params, tile, split, place, place, consumer);
@@ -228,7 +229,7 @@ template <typename T>
 __device__ inline void merge_chunks(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
                                     int consumer) {
     sync_consumers();  // what either stored is there for both
-    for_each_split<true>(params, shared.plan, tile, [&](const Split& chunk) {
+    for_each_split<Mode::kBatchInvariant>(params, shared.plan, tile, [&](const Split& chunk) {
         const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
         if (!chunk.ends_piece || !place.is_partial()) return;
         if (part.is_partial()) wait_for_all(params, shared, chunk, part, consumer);

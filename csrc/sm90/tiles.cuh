@@ -23,6 +23,13 @@ constexpr int kRopeTile = kTilesV;
 constexpr int kStages = 2;  // pages in shared memory: 144 KB beside Q's 72 KB
 
 constexpr int kWarpgroup = 128;
+// How a block's share of the work is cut and merged; a kernel of its own for each.
+enum class Mode {
+    kFewRows,         // in splits; less code, which counts where a call is short
+    kManyRows,        // in splits; two of them may exchange halves, which spares the traffic of partials
+    kBatchInvariant,  // in chunks
+};
+
 enum Consumer { kLeft = 0, kRight = 1 };
 constexpr int kConsumers = 2;                            // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads

@@ -83,7 +83,7 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
 // as which blocks meet is up to the plan and to query lengths, which all of them see alike; never to key
 // lengths.
-template <bool kInvariant, typename Work>
+template <Mode kMode, typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
                                       Work&& work) {
     // uniform() tells the compiler that a warp's lanes stay together, all along the pages.
@@ -103,7 +103,7 @@ __device__ inline void for_each_split(const DecodeParams& params, const PartPlan
             split.query_len = min(end - first_token, params.query_len);
         }
         if (tile.first_token >= split.query_len) continue;
-        if constexpr (kInvariant) {
+        if constexpr (kMode == Mode::kBatchInvariant) {
             for_each_chunk(params, split, work);
         } else {
             work(split);
