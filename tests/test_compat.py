@@ -114,7 +114,7 @@ def test_decode_metadata_is_vllms_with_the_plan_and_the_queries_added():
     ours = list(metadata.FlashMLADecodeMetadata.__dataclass_fields__)
     plan, queries = (
         ["tile_scheduler_metadata", "num_splits"],
-        ["query_len", "cu_seqlens_q", "num_query_tokens"],
+        ["query_len", "cu_seqlens_q", "num_query_tokens", "batch_invariant"],
     )
     assert ours == [*fields, *plan, *queries]
 

@@ -26,6 +26,7 @@ from vllm_engines import MODEL, ON_GPU  # noqa: E402
 import vllm_flashmla_backend  # noqa: E402
 from vllm_flashmla_backend.attention import compat, impl, metadata  # noqa: E402
 from vllm_flashmla_backend.attention.backend import FlashMLABackend  # noqa: E402
+from vllm_flashmla_backend.flash_mla.chunks import chunk_level  # noqa: E402
 
 cpu_only = pytest.mark.skipif(ON_GPU, reason="vLLM runs on a GPU here")
 mla_on_cpu = pytest.mark.skipif(
@@ -291,6 +292,16 @@ def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch)
     decode = build_decode(builder, [0, 1, 2], 2)
     assert asked == [16 * 4, 16 * 4]
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invariant, monkeypatch):
+    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
+    planned_with = []
+    monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[-1]))
+    builder, _ = make_builder(monkeypatch)
+    assert build_decode(builder, [0, 1, 2], 2).batch_invariant == invariant
+    assert planned_with == [chunk_level(16) if invariant else 0]
 
 
 def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):

@@ -1,0 +1,50 @@
+"""Prompts alone and among others, under VLLM_BATCH_INVARIANT; the logprobs as JSON on the last line.
+
+A process of its own, since vLLM replaces operators of torch for that mode as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+
+from vllm import LLM, SamplingParams
+from vllm_engines import engine
+
+from vllm_flashmla_backend.recall import make_prompts
+
+TOKENS = 16
+ALONE = (0, 20, 63)  # the first, one in the middle and the last of those that run together
+
+
+def logprobs(llm: LLM, prompts: list[str]) -> list[list[float]]:
+    """Of the tokens that are chosen greedily, a list for each prompt."""
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
+    answers = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return [
+        [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        for answer in answers
+    ]
+
+
+def main() -> None:
+    prompts = [prompt.text for prompt in make_prompts(seed=7, count=64)]
+    options = dict(
+        max_model_len=4096,
+        max_num_seqs=64,
+        max_num_batched_tokens=16384,
+        enable_chunked_prefill=False,  # where a prompt is cut depends on what else is scheduled
+        enable_prefix_caching=False,  # the second time prompts would not be prefilled
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 64],
+        },
+    )
+    with engine("FLASHMLA", **options) as llm:
+        together = logprobs(llm, prompts)
+        alone = [logprobs(llm, [prompts[i]])[0] for i in ALONE]
+    print(json.dumps({"alone": alone, "together": [together[i] for i in ALONE]}))
+
+
+if __name__ == "__main__":
+    main()
