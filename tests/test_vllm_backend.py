@@ -237,6 +237,19 @@ def test_configuration_on_a_cpu_keeps_chunked_prefill_prefix_caching_and_blocks(
 
 
 @mla_on_cpu
+def test_draft_layers_on_a_cpu_must_be_given_the_backend(tmp_path):
+    config = json.loads(Path(MODEL, "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    options = dict(model=str(tmp_path), attention_backend="FLASHMLA", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match='add "attention_backend": "FLASHMLA" to --speculative-config'):
+        EngineArgs(**options, speculative_config=drafts).create_engine_config()
+    drafts["attention_backend"] = "FLASHMLA"
+    config = EngineArgs(**options, speculative_config=drafts).create_engine_config()
+    assert config.cache_config.block_size == 64
+
+
+@mla_on_cpu
 def test_without_flashmla_the_cpu_platform_is_vllms_own():
     config = EngineArgs(model=MODEL).create_engine_config()
     base = type(current_platform).__mro__[1]

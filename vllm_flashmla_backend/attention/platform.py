@@ -15,7 +15,7 @@ from ..flash_mla.schedule import PAGE_SIZE
 from .compat import has_mla_on_cpu
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own name
@@ -85,6 +85,7 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
         )
         if reason:
             raise ValueError(f"attention backend FLASHMLA: {reason}")
+        _check_drafts(vllm_config.speculative_config)
         chunked_prefill, prefix_caching = scheduler.enable_chunked_prefill, cache.enable_prefix_caching
         max_num_batched_tokens = scheduler.max_num_batched_tokens
         super().check_and_update_config(vllm_config)
@@ -108,3 +109,20 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
         """
         if "-rotary_embedding" not in custom_ops:
             custom_ops.append("-rotary_embedding")
+
+
+def _check_drafts(speculative: SpeculativeConfig | None) -> None:
+    """Check the backend of draft layers, which vLLM chooses apart: another's pages are not ours here.
+
+    Raises
+    ------
+    ValueError : it is not FLASHMLA; says what to add.
+    """
+    if speculative is None or not (speculative.use_eagle() or speculative.uses_draft_model()):
+        return
+    ours = speculative.attention_backend == AttentionBackendEnum.FLASHMLA
+    if speculative.draft_model_config.use_mla and not ours:
+        raise ValueError(
+            "attention backend FLASHMLA: on a CPU draft layers need it too, and vLLM does not hand it on to "
+            'them: add "attention_backend": "FLASHMLA" to --speculative-config'
+        )
