@@ -12,7 +12,8 @@ import torch
 
 from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
 from vllm_flashmla_backend.bench.serve import Job
-from vllm_flashmla_backend.cli import bench_serve, main
+from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.cli.results import numbers
 
 ON_GPU = torch.cuda.is_available()
 HEAD = {
@@ -162,10 +163,10 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_numbers_are_numbers_from_1():
-    assert bench_serve.numbers("16,128") == (16, 128)
+    assert numbers("16,128") == (16, 128)
     for wrong in ("16,,128", "0", "-1", "x"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected numbers from 1"):
-            bench_serve.numbers(wrong)
+            numbers(wrong)
 
 
 def small_model(directory: Path) -> Path:

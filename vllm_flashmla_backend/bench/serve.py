@@ -15,9 +15,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from ..processes import stop_group
 from .report import OURS, read
+
+if TYPE_CHECKING:
+    from .tails import TailsJob
 
 MODEL = Path(__file__).parents[2] / "configs" / "deepseek-v3-few-layers"
 PEERS = {"cuda": ("FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA"), "cpu": ("CPU_MLA",)}
@@ -55,6 +59,8 @@ class Job:
     row_seconds : a row's steps end after so long, however many they were by then.
     """
 
+    engine: ClassVar[str] = "serve_engine"  # what runs in the process
+
     backend: str
     model: str
     layers: int
@@ -75,17 +81,18 @@ def model_shape(model: Path, layers: int) -> dict:
     return {"layers": layers} | {key: config[key] for key in SHAPE_KEYS}
 
 
-def measure(job: Job, silence_seconds: float = SILENCE_SECONDS) -> Iterator[dict]:
+def measure(job: Job | TailsJob, silence_seconds: float = SILENCE_SECONDS) -> Iterator[dict]:
     """Run the job's process; what it reports, as it comes.
 
     Yields
     ------
-    One of `{"engine": …}` when an engine has started, `{"rows": …}` for a row, `{"skipped": …}` for one
-    that was left out, with the reason, and last `{"failure": …}` if the process did not get to its end.
+    What the process says: `{"engine": …}` when an engine has started, `{"rows": …}` for a row,
+    `{"skipped": …}` for one that was left out, with the reason; and last
+    `{"failure": …}` if the process did not get to its end.
     """
     plugins = "flashmla,flashmla_cpu" if job.backend == OURS else ""  # set, so that no others differ either
     environment = os.environ | {"VLLM_PLUGINS": plugins}
-    command = [sys.executable, "-m", f"{__package__}.serve_engine", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", f"{__package__}.{job.engine}", json.dumps(asdict(job))]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True

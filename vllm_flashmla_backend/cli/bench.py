@@ -1,6 +1,6 @@
 """`vllm-flashmla bench`: our kernels and the peers' on the same tensors, against targets and ceilings.
 
-`bench --serve`, which times decode steps of whole vLLM instead, is in `bench_serve`.
+`bench --serve` and `bench --tails`, which time whole vLLM instead, are in `bench_serve` and `bench_tails`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..bench.cases import ROWS
-from . import bench_serve
+from . import bench_serve, bench_tails
 from .environment import device
 from .results import describe_run, show_tables, unused_path
 
@@ -42,12 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--build-limit", type=float, default=240, metavar="SECONDS", help="for a peer's compiling (240)"
     )
     bench_serve.add_arguments(parser)
+    bench_tails.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show; 0 if every result of ours was right, whatever its speed."""
     if args.serve:
         return bench_serve.run(args)
+    if args.tails:
+        return bench_tails.run(args)
     peers = [name for name in args.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         raise SystemExit(f"--peers has {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")

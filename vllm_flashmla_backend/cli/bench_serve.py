@@ -12,7 +12,7 @@ from rich.progress import Progress
 from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from .environment import device
-from .results import describe_run, show_tables, unused_path
+from .results import describe_run, numbers, show_tables, unused_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _default(values: tuple[int, ...]) -> str:
     return f"default: {','.join(map(str, values))}"
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`16,128` as numbers."""
-    words = text.split(",")
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers from 1 with commas between them")
-    return tuple(int(word) for word in words)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Results files of `bench` and `bench --serve`: their heads, their names, how they are shown."""
+"""What the kinds of `bench` share: results files, their heads and names, how they are shown, and options."""
 
 from __future__ import annotations
 
@@ -64,3 +64,11 @@ def show_tables(
     console.print(summary(results))
     console.print(f"results: {path}", soft_wrap=True)
     return results, console
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`16,128` as numbers."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers from 1 with commas between them")
+    return tuple(int(word) for word in words)

@@ -1,0 +1,82 @@
+"""`vllm-flashmla bench --tails`: what prefix-cached tails cost through decode and through prefill."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from ..bench import report, serve, tails_report
+from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
+from .environment import device
+from .results import describe_run, numbers, show_tables, unused_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prefix-cached tails")
+    group.add_argument(
+        "--tails",
+        action="store_true",
+        help="time the attention of prompts' last tokens, the others being in the prefix cache, through "
+        "decode and through prefill; --heads, --layers (4 are enough), --model, --repeat, --out, --plot and "
+        "--commit mean the same",
+    )
+    group.add_argument("--cached", type=int, default=CACHED, help=f"tokens in the cache ({CACHED})")
+    group.add_argument("--lengths", type=numbers, default=LENGTHS, metavar="N,N,…", help="of the tails")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and show; 0 if every row was measured."""
+    if args.plot:
+        return show(args.plot)
+    if args.cached < 64 or args.cached % 64:
+        raise SystemExit(f"--cached is {args.cached}, expected whole pages of 64 tokens")
+    for option, value in (("--layers", args.layers), ("--repeat", args.repeat)):
+        if value < 1:
+            raise SystemExit(f"{option} is {value}, expected at least 1")
+    if not (args.model / "config.json").is_file():
+        raise SystemExit(f"--model is {args.model}, which has no config.json")
+    return show(measure_all(args))
+
+
+def measure_all(args: argparse.Namespace) -> Path:
+    """Run an engine for each number of heads; the results file, written anew after each row."""
+    from ..bench.clock import GpuMonitor
+
+    monitor = GpuMonitor(device()) if device().type == "cuda" else None
+    shape = serve.model_shape(args.model, args.layers)
+    results = describe_run(args, monitor) | {"tails_model": shape, "rows": [], "failures": []}
+    path = unused_path(args.out, results["gpu"] or "cpu", results["date"], "-tails")
+    console = Console(stderr=True)
+    for heads in args.heads:
+        job = TailsJob(str(args.model), args.layers, heads, args.cached, args.lengths, args.repeat)
+        for reported in serve.measure(job):
+            ((kind, entry),) = reported.items()
+            console.print(tell(heads, kind, entry), soft_wrap=True, highlight=False, markup=False)
+            if kind == "rows":
+                results["rows"].append(entry)
+            elif kind == "failure":
+                results["failures"].append(entry | {"h": heads})
+            report.save(results, path)
+    return path
+
+
+def tell(heads: int, kind: str, entry: dict) -> str:
+    """A line for what an engine reported."""
+    if kind == "failure":
+        return f"h={heads} failed: {entry['error']}; the end of its log:\n{entry['log'][-1500:]}"
+    if kind == "engine":
+        return f"h={heads}: started and {entry['seconds']} s later ready"
+    where = f"h={heads} {entry['tails']} tails of {entry['length']} beside {entry['decodes']} decodes"
+    return f"{where}: decode {entry[DECODE]:.1f} µs, prefill {entry[PREFILL]:.1f} µs"
+
+
+def show(path: Path) -> int:
+    """Print a results file's table and write it for the docs beside it; 1 if an engine failed."""
+    results, console = show_tables(path, partial(report.read, head="tails_model"), tails_report.summary)
+    page = path.with_suffix(".md")
+    page.write_text(tails_report.markdown(results))
+    console.print(f"for the docs: {page}", soft_wrap=True)
+    return 1 if results["failures"] else 0
