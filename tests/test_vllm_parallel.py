@@ -50,7 +50,7 @@ def layers_of(worker) -> list[tuple[int, int]]:
     """Heads and ranks of context of each layer that FLASHMLA serves in a worker."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     served = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), FlashMLAImpl)]
-    return [(impl.num_heads, impl.dcp_world_size) for impl in served]
+    return [(impl.num_heads, abs(impl.dcp_world_size)) for impl in served]  # -1: vLLM never had to ask
 
 
 def answers_of_two_ranks(**options):

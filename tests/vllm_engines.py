@@ -33,6 +33,7 @@ def engine(backend: str, environment: dict[str, str] | None = None, **options) -
     On a GPU, decode steps are CUDA graphs and nothing is compiled, which takes longer than most tests
     do; `compilation_config=None` gives what vLLM does by default.
     """
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = dict(max_model_len=2048, max_num_seqs=32, seed=0)
@@ -46,6 +47,8 @@ def engine(backend: str, environment: dict[str, str] | None = None, **options) -
         for name, value in (ENVIRONMENT | (environment or {})).items():
             patch.setenv(name, value)
         vllm.envs.disable_envs_cache()  # an engine before this one may have fixed what vLLM sees of them
+        # An engine leaves it off, and the one of vLLM's next model runner does not turn it on.
+        set_cudagraph_capturing_enabled(True)
         llm = LLM(**dict(model=MODEL, attention_backend=backend) | defaults | options)
         try:
             yield llm
