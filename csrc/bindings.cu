@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <climits>
 
 #include "cuda_check.h"
 #include "params.h"
@@ -215,6 +216,8 @@ void check_partials(TensorView out_partial, TensorView lse_partial, int64_t slot
               "out_partial and lse_partial must be contiguous");
     MLA_CHECK(slots == 0 || (out_partial.size(0) >= slots && out_partial.size(1) >= rows),
               "out_partial: unexpected " << describe(out_partial) << ", expected " << slots << " x " << rows);
+    MLA_CHECK(out_partial.size(0) * out_partial.size(1) <= INT_MAX,
+              "out_partial: more than 2^31 rows, " << describe(out_partial));
 }
 
 void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
@@ -250,6 +253,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .query_len = static_cast<int>(max_query_len),
         .num_tokens = static_cast<int>(q_nope.size(1)),
         .chunk_level = level,
+        .chunks_per_seq = chunks_per_seq,
         .num_kv_heads = static_cast<int>(num_kv_heads),
         .num_parts = static_cast<int>(parts),
         .num_slots = static_cast<int>(out_partial.size(0)),
@@ -267,8 +271,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .arrivals_slot = 0,
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
-        .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf,
-        .chunks_per_seq = chunks_per_seq};
+        .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
     launch_decode(params, make_maps(q_nope, q_pe, k_cache, tiling), current_stream(q_nope));
 }
 

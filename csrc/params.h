@@ -16,6 +16,8 @@ constexpr int kHeadDim = 576;      // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
+constexpr unsigned kStartCost = 3;  // of a split, in pages: START_COST of schedule.py
+
 enum class DType { kBFloat16, kHalf };
 
 // A row of tile_scheduler_metadata; schedule.py's Field names the same columns.
@@ -57,9 +59,10 @@ struct DecodeParams {
     int max_pages;  // entries in a row of the block table
 
     int batch;
-    int query_len;     // s_q, of a ragged batch the largest
-    int num_tokens;    // of a ragged batch
-    int chunk_level;   // above 0: batch-invariant
+    int query_len;    // s_q, of a ragged batch the largest
+    int num_tokens;   // of a ragged batch
+    int chunk_level;  // above 0: batch-invariant, and a sequence has slots for
+    int chunks_per_seq;
     int num_kv_heads;  // h_kv
     int num_parts;
     int num_slots;
@@ -78,7 +81,6 @@ struct DecodeParams {
     bool causal;
     float softmax_scale;
     DType dtype;
-    int chunks_per_seq;  // slots of a sequence, if batch-invariant
 };
 
 // The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x

@@ -13,7 +13,8 @@ from vllm_engines import engine
 from vllm_flashmla_backend.recall import make_prompts
 
 TOKENS = 16
-ALONE = (0, 20, 63)  # the first, one in the middle and the last of those that run together
+BATCH = 64
+ALONE = (0, 20, BATCH - 1)  # which of those that run together run alone, too
 
 
 def logprobs(llm: LLM, prompts: list[str]) -> list[list[float]]:
@@ -26,24 +27,31 @@ def logprobs(llm: LLM, prompts: list[str]) -> list[list[float]]:
     ]
 
 
+def chunk_levels(worker) -> list[int]:
+    """Of each builder of a worker: above 0 where it plans in chunks."""
+    groups = [group for groups in worker.model_runner.attn_groups for group in groups]
+    return [builder.chunk_level for group in groups for builder in group.metadata_builders]
+
+
 def main() -> None:
-    prompts = [prompt.text for prompt in make_prompts(seed=7, count=64)]
+    prompts = [prompt.text for prompt in make_prompts(seed=7, count=BATCH)]
     options = dict(
         max_model_len=4096,
-        max_num_seqs=64,
+        max_num_seqs=BATCH,
         max_num_batched_tokens=16384,
         enable_chunked_prefill=False,  # where a prompt is cut depends on what else is scheduled
         enable_prefix_caching=False,  # the second time prompts would not be prefilled
         compilation_config={
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [1, 64],
+            "cudagraph_capture_sizes": [1, BATCH],
         },
     )
     with engine("FLASHMLA", **options) as llm:
         together = logprobs(llm, prompts)
         alone = [logprobs(llm, [prompts[i]])[0] for i in ALONE]
-    print(json.dumps({"alone": alone, "together": [together[i] for i in ALONE]}))
+        (levels,) = llm.collective_rpc(chunk_levels)
+    print(json.dumps({"alone": alone, "together": [together[i] for i in ALONE], "levels": levels}))
 
 
 if __name__ == "__main__":

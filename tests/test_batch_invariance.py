@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 from mla_cases import SCALE, Case, Inputs, assert_agree, expected, make_inputs, plan_for, run, run_ragged
 from test_schedule import LENGTHS, PARTS
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode
+from vllm_flashmla_backend.flash_mla import flash_mla_decode, get_mla_metadata
 from vllm_flashmla_backend.flash_mla.chunks import chunk_level, chunk_pages, most_chunks, num_chunks
-from vllm_flashmla_backend.flash_mla.interface import plan_into
+from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
-from vllm_flashmla_backend.flash_mla.schedule import num_pages, plan, splits_of
+from vllm_flashmla_backend.flash_mla.schedule import (
+    CHUNK_COST,
+    START_COST,
+    _fill,
+    ceil_div,
+    num_pages,
+    plan,
+    splits_of,
+)
 
 LEVELS = st.sampled_from([1, 2])
 MIXED = (2500, 0, 4100, 1, 64, 9000, 65, 1000, 257)
@@ -112,10 +120,12 @@ def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
     assert next_page == [num_pages(length) for length in lengths]
 
 
-@given(st.integers(0, 70_000), LEVELS)
-def test_no_sequence_has_more_chunks_than_there_is_room_for(max_pages, level):
-    shorter = {max_pages, max_pages // 2, *(4**i for i in range(9) if 4**i <= max_pages)}
-    assert max(num_chunks(pages, level) for pages in shorter) == most_chunks(max_pages, level)
+@pytest.mark.parametrize("level", [1, 2])
+def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
+    worst = 0
+    for pages in range(5000):
+        worst = max(worst, num_chunks(pages, level))
+        assert most_chunks(pages, level) == worst
 
 
 def test_chunks_are_few_where_merging_is_dear():
@@ -130,6 +140,38 @@ def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
     default = plan_for(case, inputs, False)
     with pytest.raises(ValueError, match="a plan for other lengths, expected one .* batch-invariant"):
         flash_mla_decode(*tensors, *default, SCALE, False, batch_invariant=True)
+
+
+@pytest.mark.parametrize("num_heads_q", [0, -3, 7, 20, "16"])
+def test_heads_that_do_not_make_the_query_rows_are_refused(num_heads_q):
+    lengths = torch.tensor([3000], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"num_heads_q: got .*, expected h_q, .* 48 rows"):
+        get_mla_metadata(lengths, 48, 2, batch_invariant=True, num_heads_q=num_heads_q)
+
+
+@given(LENGTHS, LEVELS, st.integers(0, 200))
+def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, level, slack):
+    """What `Filler::take` of plan_chunks.cu computes for a sequence without a loop; its bytes need a GPU."""
+    pages = [num_pages(length) for length in lengths]
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
+    budget = START_COST + dearest + slack
+    part, room, begins = 0, budget, []
+    for n, left in zip(pages, cost, strict=True):
+        chunk = chunk_pages(n, level) + CHUNK_COST
+        if START_COST + min(left, chunk) > room:
+            part, room = part + 1, budget
+        first, head, each, between = part, 0, 0, -1
+        if START_COST + left > room:
+            head, each = (room - START_COST) // chunk, (budget - START_COST) // chunk
+            left -= head * chunk
+            between = ceil_div(max(0, START_COST + left - budget), each * chunk)
+            left -= between * each * chunk
+            part, room = part + between + 1, budget
+        room -= START_COST + left
+        length = chunk_pages(n, level)
+        begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
+    assert begins == _fill(pages, cost, budget, level)
 
 
 def test_kernels_without_the_mode_refuse_it(monkeypatch):

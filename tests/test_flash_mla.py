@@ -27,7 +27,7 @@ from vllm_flashmla_backend.flash_mla import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from vllm_flashmla_backend.flash_mla.interface import num_parts, plan_into
+from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
@@ -261,7 +261,8 @@ def test_repeated_calls_are_equal_bit_for_bit(case):
 
 
 @pytest.mark.gpu
-def test_plan_of_another_batch_stays_within_the_call():
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_plan_of_another_batch_stays_within_the_call(batch_invariant):
     """Nothing is read back from a GPU, so a foreign plan is not seen; it must touch no foreign memory."""
     gpu = torch.device("cuda", 0)
     case, larger = Case((200, 130)), Case((5000,) * 40)
@@ -270,14 +271,16 @@ def test_plan_of_another_batch_stays_within_the_call():
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, 16, 1)
     around = torch.full((6, 1, 16, 512), torch.nan, dtype=case.dtype, device=gpu)
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-    flash_mla_decode(*tensors, foreign, num_splits, SCALE, False, around[2:4])
+    mode = {"batch_invariant": batch_invariant}
+    flash_mla_decode(*tensors, foreign, num_splits, SCALE, False, around[2:4], **mode)
     torch.cuda.synchronize()
     assert around[:2].isnan().all() and around[4:].isnan().all()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("begins", [(0, 3, 3, 8), (0, 500, -7, 8), (0, 2**31 - 1, 2**31 - 1, 2**31 - 1)])
-def test_wild_query_lengths_and_a_foreign_plan_stay_within_a_ragged_call(begins):
+def test_wild_query_lengths_and_a_foreign_plan_stay_within_a_ragged_call(begins, batch_invariant):
     """Neither is read back from a GPU: rows may be wrong, but no foreign memory is touched."""
     gpu, lengths = torch.device("cuda", 0), (200, 130, 700)
     case = Case(lengths, s_q=4, causal=True)
@@ -295,6 +298,7 @@ def test_wild_query_lengths_and_a_foreign_plan_stay_within_a_ragged_call(begins)
         SCALE,
         True,
         around[2:10],
+        batch_invariant=batch_invariant,
     )
     torch.cuda.synchronize()
     assert around[:2].isnan().all() and around[10:].isnan().all()

@@ -15,7 +15,7 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
     ops,
 )
-from vllm_flashmla_backend.flash_mla.interface import plan_into
+from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 
 CASE = Case((100, 0, 64), s_q=2, h_q=4, h_kv=2)

@@ -13,7 +13,7 @@ from mla_cases import SCALE, Case, make_inputs
 
 from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
-from vllm_flashmla_backend.flash_mla.interface import num_parts, plan_into
+from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
     METADATA_WIDTH,
     PAGE_SIZE,
@@ -173,7 +173,7 @@ def test_short_sequences_are_not_cut():
 
 def test_at_least_one_part_for_any_heads_and_query_length(monkeypatch):
     """Known failure 3: many heads times query tokens rounded the number of parts to 0."""
-    monkeypatch.setattr("vllm_flashmla_backend.flash_mla.interface._num_sms", lambda device: 132)
+    monkeypatch.setattr("vllm_flashmla_backend.flash_mla.planning._num_sms", lambda device: 132)
     gpu = torch.device("cuda", 0)
     for s_q in range(1, 129):
         for h_q in range(1, 129):
@@ -243,9 +243,9 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
     generator = torch.Generator().manual_seed(batch * parts)
     for longest in (1, 65, 300, 8192, 10**6):
         lengths = torch.randint(0, longest + 1, (batch,), generator=generator).tolist()
-        assert_kernel_plans_the_same(lengths, parts)
-        assert_kernel_plans_the_same([longest] * batch, parts)
         for chunk_level in (0, 1, 2):
+            assert_kernel_plans_the_same(lengths, parts, chunk_level)
+            assert_kernel_plans_the_same([longest] * batch, parts, chunk_level)
             assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts, chunk_level)
 
 
@@ -254,6 +254,18 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
 @given(LENGTHS, PARTS, st.sampled_from([0, 1, 2]))
 def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, chunk_level):
     assert_kernel_plans_the_same(lengths, parts, chunk_level)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_level", [0, 1])
+def test_planner_kernel_stays_within_its_buffers_whatever_the_lengths(chunk_level):
+    """Pages beyond what it can count: rows may be wrong, but none is written elsewhere."""
+    around = torch.full((48, 8), -7, dtype=torch.int32, device="cuda")
+    num_splits = torch.full((515,), -7, dtype=torch.int32, device="cuda")
+    lengths = torch.full((512,), 2**31 - 1, dtype=torch.int32, device="cuda")
+    plan_into(lengths, around[16:32], num_splits[1:514], chunk_level)
+    assert (around[:16] == -7).all() and (around[32:] == -7).all()
+    assert num_splits[0] == num_splits[514] == -7
 
 
 def test_get_mla_metadata_has_flashmlas_shapes(device):

@@ -12,7 +12,6 @@
 namespace mla {
 namespace {
 
-constexpr unsigned kStartCost = 3;  // pages; START_COST of schedule.py
 constexpr int kManyWarps = 16;
 
 __device__ unsigned ceil_div(unsigned a, unsigned b) {

@@ -2,13 +2,14 @@
 //
 // One warp. Each lane tries a budget: it walks the sequences, filling part after part with whole chunks. Then
 // all walk them with the least budget that fitted, and write the rows.
+//
+// Sums are 32 bits wide, as in plan.cu: of 2^31 pages and more rows are wrong, but no store goes astray.
 #include "../cuda_check.h"
 #include "../params.h"
 
 namespace mla {
 namespace {
 
-constexpr unsigned kStartCost = 3;  // pages; START_COST of schedule.py
 constexpr unsigned kChunkCost = 1;  // CHUNK_COST of schedule.py
 constexpr unsigned kBudgets = 32;   // that are tried: a lane each
 
@@ -88,15 +89,18 @@ __device__ void for_each_sequence(const PlanParams& params, Work&& work) {
 __device__ unsigned choose_budget(const PlanParams& params) {
     const unsigned num_parts = params.num_parts;
     unsigned total = 0, largest = 0;  // cost of all, and of the dearest chunk
-    for_each_sequence(params, [&](unsigned, const Chunks& chunks) {
+    for (int seq = threadIdx.x; seq < params.batch; seq += kBudgets) {
+        const Chunks chunks(pages_of(params.seq_lens[seq]), params.chunk_level);
         total += kStartCost + chunks.total_cost;
         largest = max(largest, min(chunks.length, chunks.pages) + kChunkCost);
-    });
+    }
+    total = __reduce_add_sync(~0u, total);
+    largest = __reduce_max_sync(~0u, largest);
     const unsigned least = max((total + num_parts - 1) / num_parts, kStartCost + largest);
     Filler filler(least + (2 * kStartCost + largest) * threadIdx.x / (kBudgets - 1));
     for_each_sequence(params, [&](unsigned, const Chunks& chunks) { filler.take(chunks); });
     const unsigned enough = __ballot_sync(~0u, filler.part < num_parts);  // the last budget always is
-    return __shfl_sync(~0u, filler.budget, __ffs(enough) - 1);
+    return __shfl_sync(~0u, filler.budget, enough ? __ffs(enough) - 1 : kBudgets - 1);
 }
 
 __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_constant__ PlanParams params) {
@@ -113,13 +117,15 @@ __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_cons
             const auto page_at = [&](unsigned i) {
                 return i == 0 ? 0 : (pieces.head + (i - 1) * pieces.each) * chunks.length;
             };
-            PartPlan& row = params.parts[pieces.first_part + piece];
+            const unsigned part = pieces.first_part + piece;
+            if (part >= static_cast<unsigned>(params.num_parts)) break;
+            PartPlan& row = params.parts[part];
             if (row.first_seq == params.batch) {
                 row.first_seq = seq;
                 row.first_page = page_at(piece);
                 row.first_split = piece;
                 row.first_splits = pieces.count;
-                row.first_slot = pieces.first_part + piece + cut;
+                row.first_slot = part + cut;
             }
             row.last_seq = seq;
             row.last_page_end =

@@ -149,8 +149,8 @@ __device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTi
     return make_float2(scales[0], scales[1]);
 }
 
-// Few splits: a warp merges 8 rows x 64 columns at a time.
-// `place` says whose partials, `part` which share.
+// Few splits: a warp merges 8 rows x 64 columns at a time. `place` says of which partials, `part` which
+// share.
 template <typename T>
 __device__ inline void merge_wide(const DecodeParams& params, const RowTile& tile, const Split& split,
                                   const SplitPlace& place, const SplitPlace& part, int consumer) {

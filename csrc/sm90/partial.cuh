@@ -21,9 +21,9 @@ struct Partial {
 
     __device__ Partial(const DecodeParams& params, const RowTile& tile, const SplitPlace& place,
                        int of_split) {
-        // Slots and rows are few: there are no more blocks than SMs where there are partials.
         const int first = (place.first_slot + of_split) * params.partial_rows + tile.first_partial_row;
-        out = params.out_partial + first * kHeadDimV;
+        out =
+            params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // of chunks there may be gigabytes
         lse = params.lse_partial + first;
     }
 

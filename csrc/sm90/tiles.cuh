@@ -23,6 +23,7 @@ constexpr int kRopeTile = kTilesV;
 constexpr int kStages = 2;  // pages in shared memory: 144 KB beside Q's 72 KB
 
 constexpr int kWarpgroup = 128;
+
 // How a block's share of the work is cut and merged; a kernel of its own for each.
 enum class Mode {
     kFewRows,         // in splits; less code, which counts where a call is short

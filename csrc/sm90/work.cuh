@@ -54,7 +54,7 @@ struct Split {
     bool ends_piece = true;
 
     __device__ bool is_empty() const { return page_begin >= page_end; }
-    // Whether it is a piece in which no chunk begins: all keys of its sequence are others' work.
+    // Whether it is a piece in which no chunk begins, which only a plan for other lengths has.
     __device__ bool is_idle() const { return is_empty() && seq_len > 0; }
     // Rows of the tile that hold a query: the first ones.
     __device__ int valid_rows(const DecodeParams& params, const RowTile& tile) const {
@@ -81,8 +81,7 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
 //
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
-// as which blocks meet is up to the plan and to query lengths, which all of them see alike; never to key
-// lengths.
+// as which blocks meet is up to the plan and to the lengths, which all of them see alike.
 template <Mode kMode, typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
                                       Work&& work) {
@@ -94,7 +93,9 @@ __device__ inline void for_each_split(const DecodeParams& params, const PartPlan
         Split split;
         split.seq = seq;
         split.seq_len = min(seq_len, pages * kPageSize);
-        split.page_begin = ptx::uniform(seq == plan.first_seq ? max(0, plan.first_page) : 0);
+        // To the table's width, not to the pages: the loader asks the table before it knows the length.
+        split.page_begin =
+            ptx::uniform(seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0);
         split.page_end = ptx::uniform(seq == plan.last_seq ? min(pages, plan.last_page_end) : pages);
         split.query_len = params.query_len;
         if (params.cu_seqlens_q) {

@@ -71,7 +71,11 @@ class FlashMLABackend(SomeVersionsHooks, MLACommonBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        return provider_for(torch.device(current_platform.device_type)).batch_invariant
+        """Whether the kernels have the mode. Why they cannot run at all, `supports_combination` says."""
+        try:
+            return provider_for(torch.device(current_platform.device_type)).batch_invariant
+        except ValueError:
+            return True
 
     @classmethod
     def validate_configuration(
@@ -91,6 +95,9 @@ class FlashMLABackend(SomeVersionsHooks, MLACommonBackend):
             reasons.append(refusals.not_a_decoder(attn_type))
         if has_sliding_window:
             reasons.append(refusals.not_served("sliding_window"))
+        cache_dtype = layer["kv_cache_dtype"]
+        if layer.get("use_batch_invariant") and cache_dtype and is_quantized_kv_cache(cache_dtype):
+            reasons.append(refusals.not_batch_invariant(cache_dtype))
         return reasons
 
     @classmethod

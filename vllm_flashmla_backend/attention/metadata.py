@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
 from ..flash_mla.chunks import chunk_level
-from ..flash_mla.interface import num_parts, plan_into
+from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
 from ..flash_mla.schedule import METADATA_WIDTH
 from .compat import vllm_flashmla_backend

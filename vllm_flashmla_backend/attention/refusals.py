@@ -37,6 +37,13 @@ def not_a_decoder(attn_type: str) -> str:
     return f"FLASHMLA serves decoder self-attention, and this layer's type is {attn_type!r}: {_without_mla()}"
 
 
+def not_batch_invariant(cache_dtype: str) -> str:
+    return (
+        f"--kv-cache-dtype {cache_dtype} is served by vLLM's own FLASHMLA, which is not batch-invariant: "
+        "use --kv-cache-dtype auto, or leave VLLM_BATCH_INVARIANT unset"
+    )
+
+
 def not_served(argument: str, value: object = None) -> str:
     """Refuse a feature of `NOT_SERVED`; a `value` is shown where it is at hand."""
     got = "" if value is None else f" ({argument}={value!r})"

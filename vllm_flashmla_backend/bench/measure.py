@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from ..flash_mla.interface import num_parts, plan_into
+from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.schedule import METADATA_WIDTH
 from .cases import Case, regime_of
 from .clock import GpuMonitor

@@ -20,7 +20,6 @@ from .results import describe_run, show_tables, unused_path
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 
 PEERS = ("flashmla", "fa3", "flashinfer", "triton")
-OURS = ("ours", "invariant")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +85,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
 
     monitor = GpuMonitor(device())
     timer = measure.Timer(device(), monitor, args.repeat)
-    loaded, missing = peers.load([*OURS, *peer_names], device(), args.build_limit)
+    loaded, missing = peers.load([report.OURS, report.INVARIANT, *peer_names], device(), args.build_limit)
     results = describe_run(args, monitor) | {
         "repeat": args.repeat,
         "missing": missing,

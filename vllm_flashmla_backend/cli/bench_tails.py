@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
         return show(args.plot)
     if args.cached < 64 or args.cached % 64:
         raise SystemExit(f"--cached is {args.cached}, expected whole pages of 64 tokens")
-    for option, value in (("--layers", args.layers), ("--repeat", args.repeat)):
-        if value < 1:
-            raise SystemExit(f"{option} is {value}, expected at least 1")
+    for option, value, least in (("--layers", args.layers, 1), ("--repeat", args.repeat, 2)):
+        if value < least:
+            raise SystemExit(f"{option} is {value}, expected at least {least}")
     if not (args.model / "config.json").is_file():
         raise SystemExit(f"--model is {args.model}, which has no config.json")
     return show(measure_all(args))

@@ -225,9 +225,8 @@ def _plan_covers(
     next_page, done, next_slot = [0] * batch, [0] * batch, 0
     for split in splits:
         begins_where_the_last_ended = split.page_begin == next_page[split.seq] <= split.page_end
-        if split.page_begin < split.page_end and split.page_begin % chunk_pages(
-            pages[split.seq], chunk_level
-        ):
+        between_chunks = split.page_begin % chunk_pages(pages[split.seq], chunk_level) == 0
+        if not between_chunks or (split.page_begin == split.page_end and pages[split.seq]):
             return False
         counted = split.split == done[split.seq] and split.splits == count[split.seq]
         if not begins_where_the_last_ended or not counted:

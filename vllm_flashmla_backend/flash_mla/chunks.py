@@ -46,7 +46,7 @@ def most_chunks(max_pages: int, level: int) -> int:
 def cut(page_begin: int, page_end: int, pages: int, level: int) -> list[tuple[int, int]]:
     """A part's pages [page_begin, page_end) of a sequence of so many, chunk by chunk.
 
-    A part may have no chunk of a sequence that others work on; a sequence without pages has an empty one.
+    A sequence without pages has an empty one.
     """
     chunk = chunk_pages(pages, level)
     if pages == 0:

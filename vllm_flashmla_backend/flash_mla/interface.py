@@ -8,145 +8,26 @@ On a GPU only shapes, types and strides are looked at, never values: nothing wai
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from . import chunks, schedule
+from . import chunks
 from .checks import (
     HEAD_DIM,
     HEAD_DIM_ROPE,
     HEAD_DIM_V,
     check_cache,
     check_last_dimension,
-    check_lengths,
     check_like,
-    check_not_negative,
     check_plan_buffers,
     check_query,
     check_query_lengths,
-    check_rank,
     check_softmax_scale,
     check_strides,
     check_values,
     fail,
 )
-from .providers import DecodeArguments, Provider, provider_for
-from .schedule import METADATA_WIDTH
-
-
-class MLAPlan:
-    """A plan still to be made: the first decode that is given it fills it, later ones reuse it.
-
-    Reuse it for calls of one shape and the same lengths (the layers of one decode step).
-    """
-
-    def __init__(self) -> None:
-        self.tile_scheduler_metadata: torch.Tensor | None = None  # (parts, 8) int32
-        self.num_splits: torch.Tensor | None = None  # (b + 1,) int32
-        self._shape: tuple[int, int, int, int, bool] | None = None  # b, s_q, h_q, h_kv, batch_invariant
-
-    def for_call(
-        self, cache_seqlens: torch.Tensor, s_q: int, h_q: int, h_kv: int, batch_invariant: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The plan's two tensors, made now if this is the first call."""
-        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv, batch_invariant)
-        if self._shape is None:
-            self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
-                cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant, num_heads_q=h_q
-            )
-            self._shape = shape
-        elif shape != self._shape:
-            fail(
-                "tile_scheduler_metadata",
-                f"a plan made for (b, s_q, h_q, h_kv, batch_invariant) = {self._shape}",
-                f"one for {shape}: take a new one from get_mla_metadata()",
-            )
-        return self.tile_scheduler_metadata, self.num_splits
-
-
-def num_parts(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) -> int:
-    """Parts to plan for on `device`: `schedule.num_parts` for its SMs, `CPU_PARTS` on a CPU."""
-    if device.type == "cpu":
-        return schedule.CPU_PARTS
-    return schedule.num_parts(_num_sms(device), rows_per_kv_head, num_kv_heads)
-
-
-def get_mla_metadata(
-    cache_seqlens: torch.Tensor | None = None,
-    num_heads_per_head_k: int | None = None,
-    num_heads_k: int | None = None,
-    *,
-    batch_invariant: bool = False,
-    num_heads_q: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[MLAPlan, None]:
-    """Plan one decode step.
-
-    Parameters
-    ----------
-    cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
-    num_heads_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
-    num_heads_k : KV heads, `h_kv`.
-    batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
-        that decodes says so, too.
-    num_heads_q : `h_q`. Only a batch-invariant plan of several query tokens has to know it; unless given, the
-        query rows are taken for the heads of one token.
-
-    Returns
-    -------
-    tile_scheduler_metadata : (parts, 8) int32 on the lengths' device.
-    num_splits : (b + 1,) int32, likewise.
-
-    Without arguments (FlashMLA's later style): an `MLAPlan`, planned at its first use, and None.
-
-    Raises
-    ------
-    ValueError
-        An argument has the wrong type or shape, or the chosen kernels cannot run on this device.
-    """
-    if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
-        return MLAPlan(), None
-    check_lengths(cache_seqlens)
-    for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
-        if not isinstance(value, int) or value < 1:
-            fail(name, repr(value), "an int of at least 1")
-    parts = num_parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
-    num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
-    heads_per_kv_head = num_heads_per_head_k if num_heads_q is None else num_heads_q // num_heads_k
-    level = chunks.chunk_level(heads_per_kv_head) if batch_invariant else 0
-    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, level)
-    return tile_scheduler_metadata, num_splits
-
-
-def plan_into(
-    cache_seqlens: torch.Tensor,
-    tile_scheduler_metadata: torch.Tensor,
-    num_splits: torch.Tensor,
-    chunk_level: int = 0,
-) -> None:
-    """Plan one decode step into existing buffers; on a GPU a kernel does it and nothing waits.
-
-    Parameters
-    ----------
-    cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
-    tile_scheduler_metadata : (parts, 8) int32, written; `parts` is what `num_parts` returned.
-    num_splits : (b + 1,) int32, written.
-    chunk_level : for a batch-invariant plan, `chunks.chunk_level` of the heads that share a KV head.
-
-    Raises
-    ------
-    ValueError
-        An argument has the wrong type, shape or device, or the kernels cannot run on this device.
-    """
-    check_lengths(cache_seqlens)
-    device = cache_seqlens.device
-    check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
-    parts = max(1, tile_scheduler_metadata.shape[0])
-    check_plan_buffers(tile_scheduler_metadata, num_splits, parts, cache_seqlens.shape[0], device)
-    if device.type == "cpu":
-        check_not_negative(cache_seqlens.tolist())
-    _provider(device, chunk_level).plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
+from .planning import MLAPlan, num_parts, provider_with
+from .providers import DecodeArguments
 
 
 def flash_mla_with_kvcache(
@@ -352,17 +233,4 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invari
     check_plan_buffers(metadata, num_splits, parts, b, device)
     if device.type == "cpu":
         check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits, level)
-    _provider(device, level).decode(args)
-
-
-def _provider(device: torch.device, chunk_level: int) -> Provider:
-    """The kernels to call, which must have the mode that is asked for."""
-    provider = provider_for(device)
-    if chunk_level and not provider.batch_invariant:
-        fail("batch_invariant", True, f"False: the {provider.name} kernels have no such mode")
-    return provider
-
-
-@lru_cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    provider_with(device, level).decode(args)

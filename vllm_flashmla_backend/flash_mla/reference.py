@@ -59,7 +59,7 @@ def decode(
                     begin * PAGE_SIZE, kv.shape[1], length, s_q, q_rows.shape[1], q.device
                 )
             done.append(_attend(q_rows, kv, hidden))
-        if not pieces or len(done) < count:
+        if len(done) < count:
             continue
         rows = done[0]
         if count > 1:

@@ -1,13 +1,16 @@
 """The split-KV plan: which part of the machine decodes which pages of which sequence.
 
 This module is the specification. `csrc/schedule/plan.cu` computes the same bytes on the GPU, where
-every sequence and every part finds its own place by sums and divisions, and none waits for another.
+every sequence and every part finds its own place by sums and divisions, and none waits for another;
+for the batch-invariant mode `plan_chunks.cu` does.
 
 A *part* is one resident worker (a thread block on the GPU). Its share of the plan is one run
 of pages in batch order: it may finish a sequence begun by the part before it, decode whole
 sequences, and begin a sequence that the next part goes on with. A part's piece of one sequence
 is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
-in one of two ways, the cheaper: `_a_split_a_part` or `_on_a_line`.
+in one of two ways, the cheaper: `_a_split_a_part` or `_on_a_line`. The batch-invariant mode has a
+layout of its own, `_in_chunks`, and keeps the partial result of a chunk at sequence × most_chunks + chunk,
+whatever slot the plan says.
 """
 
 from __future__ import annotations
