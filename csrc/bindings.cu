@@ -107,7 +107,7 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
         &map,
         has_dtype(tensor, kDLBfloat, 16) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         4, data<void>(tensor), sizes, strides, box.data(), element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     MLA_CHECK(status == CUDA_SUCCESS, name << ": the copy engine refuses its address or strides (CUDA error "
                                            << int(status) << "), " << describe(tensor));
     return map;
@@ -159,10 +159,6 @@ struct RowTiling {
           // octet.
           partial_rows((num_row_tiles - 1) * kTileRows +
                        ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8) {}
-
-    // Small boxes, of one group of columns after the other, suit the memory; few boxes, where pages are read
-    // by several tiles and mostly come from the L2, spare the copy engine.
-    int box_tokens() const { return num_row_tiles == 1 ? 16 : kPageSize; }
 };
 
 DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling) {
@@ -170,7 +166,7 @@ DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, con
     const std::array<int, 4> q_dims{3, 2, 1, 0}, k_dims{3, 1, 2, 0};
     const std::array<cuuint32_t, 4> q_box{kColumns, static_cast<cuuint32_t>(tiling.heads_per_tile),
                                           static_cast<cuuint32_t>(tiling.tokens_per_tile), 1};
-    const std::array<cuuint32_t, 4> k_box{kColumns, static_cast<cuuint32_t>(tiling.box_tokens()), 1, 1};
+    const std::array<cuuint32_t, 4> k_box{kColumns, kBoxTokens, 1, 1};
     return {.q_nope = make_map("q_nope", q_nope, q_dims, q_box),
             .q_pe = make_map("q_pe", q_pe, q_dims, q_box),
             .k = make_map("k_cache", k_cache, k_dims, k_box)};
@@ -267,7 +263,6 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .inverse_kv_heads = static_cast<uint64_t>(ceil_div(1ll << 32, num_kv_heads)),
         .num_row_tiles = static_cast<int>(tiling.num_row_tiles),
         .first_row_tile = 0,
-        .box_tokens = tiling.box_tokens(),
         .arrivals_slot = 0,
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),

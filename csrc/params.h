@@ -14,6 +14,7 @@ constexpr int kPageSize = 64;      // tokens in a page of the KV cache
 constexpr int kTileRows = 64;      // query rows a thread block works on: wgmma's M
 constexpr int kHeadDim = 576;      // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
+constexpr int kBoxTokens = 32;     // of a page, fetched at a time
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;  // of a split, in pages: START_COST of schedule.py
@@ -76,7 +77,6 @@ struct DecodeParams {
     uint64_t inverse_kv_heads;
     int num_row_tiles;   // over all KV heads
     int first_row_tile;  // of this launch
-    int box_tokens;      // tokens of a page that are fetched at a time
     int arrivals_slot;   // which of the kernel's sets of arrival counters this launch uses
     bool causal;
     float softmax_scale;
@@ -84,7 +84,7 @@ struct DecodeParams {
 };
 
 // The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x
-// `box_tokens` of a page.
+// `kBoxTokens` of a page.
 struct DecodeMaps {
     CUtensorMap q_nope;  // 512 columns x h_q x s_q x b
     CUtensorMap q_pe;    // 64 columns x h_q x s_q x b

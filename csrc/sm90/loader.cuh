@@ -52,7 +52,7 @@ class Loader {
             ptx::barrier_arrive_expect(full(t), kTileBytes);
         }
 #pragma unroll 1
-        for (int token = 0; token < kPageSize; token += params_.box_tokens) {
+        for (int token = 0; token < kPageSize; token += kBoxTokens) {
 #pragma unroll
             for (int t = kFirst; t <= kLast; ++t)
                 ptx::load_tensor_4d(shared_.k[stage_.slot][t] + token * kRowBytes, maps_.k, full(t),
