@@ -68,6 +68,7 @@ def test_wrong_options_are_named(options, message):
         main(["bench", "--tails", *options])
 
 
+@pytest.mark.slow
 @(pytest.mark.gpu if ON_GPU else lambda test: test)
 def test_vllm_sends_the_same_tails_both_ways(tmp_path):
     """The process fails unless just the tails were decoded, or prefilled, in every step that was timed."""
