@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mla_cases import SCALE, Case, Inputs, assert_agree, expected, make_inputs, plan_for, run, run_ragged
 from test_schedule import LENGTHS, PARTS
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode, get_mla_metadata
+from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_with_kvcache, get_mla_metadata
 from vllm_flashmla_backend.flash_mla.chunks import chunk_level, chunk_pages, most_chunks, num_chunks
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
@@ -138,7 +138,7 @@ def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
     inputs = make_inputs(case, torch.device("cpu"))
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     default = plan_for(case, inputs, False)
-    with pytest.raises(ValueError, match="a plan for other lengths, expected one .* batch-invariant"):
+    with pytest.raises(ValueError, match="or the other mode, expected one .* with batch_invariant=True"):
         flash_mla_decode(*tensors, *default, SCALE, False, batch_invariant=True)
 
 
@@ -172,6 +172,23 @@ def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, lev
         length = chunk_pages(n, level)
         begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
     assert begins == _fill(pages, cost, budget, level)
+
+
+def test_a_plan_still_to_be_made_keeps_its_mode():
+    case = Case((3000, 300), h_q=16)
+    inputs = make_inputs(case, torch.device("cpu"))
+    tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    plan, _ = get_mla_metadata(batch_invariant=True)
+    with pytest.raises(ValueError, match="batch_invariant: got False, expected True, as get_mla_metadata"):
+        flash_mla_with_kvcache(*tensors, 512, plan)
+    out, _ = flash_mla_with_kvcache(*tensors, 512, plan, batch_invariant=True)
+    assert torch.equal(out, run(case, inputs, batch_invariant=True)[0])
+
+
+@pytest.mark.parametrize("value", ["False", 1, None])
+def test_the_mode_is_true_or_false(value):
+    with pytest.raises(ValueError, match="batch_invariant: got .*, expected True or False"):
+        get_mla_metadata(batch_invariant=value)
 
 
 def test_kernels_without_the_mode_refuse_it(monkeypatch):

@@ -184,6 +184,13 @@ def test_the_command_line_is_refused_before_the_engine_starts(options, reason):
         EngineArgs(model=MODEL, attention_backend="FLASHMLA", **options).create_engine_config()
 
 
+@mla_on_cpu
+def test_batch_invariance_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT must be unset on a CPU.* got 1"):
+        EngineArgs(model=MODEL, attention_backend="FLASHMLA").create_engine_config()
+
+
 @cpu_only
 def test_a_cpu_on_which_vllm_runs_no_mla_is_refused(monkeypatch):
     from vllm_flashmla_backend.attention import platform

