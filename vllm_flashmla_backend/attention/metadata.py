@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import vllm.envs as envs
 from vllm.config import VllmConfig
@@ -96,9 +97,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
     def _build_decode(self, **kwargs: Any) -> FlashMLADecodeMetadata:
         decode = super()._build_decode(**kwargs)
         batch = decode.seq_lens.shape[0]
-        query_begin = kwargs["query_start_loc_cpu"]  # (num_decodes + 1,), on the host
-        num_query_tokens = int(query_begin[-1])
-        max_query_len = max(1, int(query_begin.diff().max()))
+        query_lens = np.diff(kwargs["query_start_loc_cpu"].numpy())  # (num_decodes,)
+        num_query_tokens, max_query_len = int(query_lens.sum()), max(1, int(query_lens.max()))
         if self.dcp_world_size > 1 and max_query_len > 1:
             # seq_lens are this rank's share: of what an earlier query token may see they say nothing
             raise ValueError(
@@ -107,9 +107,9 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             )
         # The rows that pad a captured graph's batch come last: no query token here, but room in q.
         num_queries = num_query_tokens // max_query_len
-        uniform = torch.arange(batch + 1).clamp(max=num_queries) * max_query_len
-        is_uniform = kwargs["num_decode_tokens"] == batch * max_query_len and torch.equal(
-            query_begin.long(), uniform
+        is_uniform = (
+            kwargs["num_decode_tokens"] == batch * max_query_len
+            and num_query_tokens == num_queries * max_query_len == query_lens[:num_queries].sum()
         )
         parts = num_parts(self.device, max_query_len * self.num_query_heads, 1)
         tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
