@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_flashmla_backend.bench import cases, clock, measure, peers, report
 from vllm_flashmla_backend.bench.cases import ALSO, REGIMES, TABLE, Case
@@ -189,6 +190,38 @@ def test_pictures_show_every_case(tmp_path, capsys):
         assert str(number) in numbers
     comparisons = report.compare(report.read(path))
     assert [bar.get_width() for bar in bars.axes[0].patches] == [each.ratio for each in comparisons]
+
+
+PEERS = ["ours", "invariant", "flashmla", "fa3", "flashinfer", "triton"]
+VERDICT, DETAILS = ["ratio", "must", "goal"], ["error", "MHz", "workspace"]
+
+
+@pytest.mark.parametrize(
+    "width, headings",
+    [
+        (220, [*PEERS, *VERDICT, "TFLOP/s", "GB/s", *DETAILS]),
+        (180, [*PEERS, *VERDICT, "TFLOP/s", "GB/s", "error", "MHz"]),
+        (120, [*PEERS, *VERDICT, "TFLOP/s", "GB/s"]),
+        (80, ["ours", "best peer", *VERDICT]),
+        (72, ["ours", "best peer", "ratio", "must"]),
+    ],
+)
+def test_narrow_terminal_goes_without_columns_and_shows_the_others_whole(width, headings):
+    times = dict(zip(PEERS, (1000.1, 2000.2, 1500.3, 3000.4, 4000.5, 5000.6), strict=True))
+    rows = [row(case, peer, us) for case in TABLE for peer, us in times.items()]
+    console = Console(width=width)
+    with console.capture() as said:
+        console.print(report.summary(results(*rows)))
+    (heads,) = (line for line in said.get().splitlines() if "┃" in line and "ours" in line)
+    (line,) = (line for line in said.get().splitlines() if "b=128 s_q=2 s_k=32768 h=128 normal" in line)
+    cells = [" ".join(cell.split()) for cell in re.split("[│┃]", heads.strip("│┃"))]
+    assert [cell for cell in cells if cell] == ["case", *headings]
+    best = {"best peer": "flashmla 1500.3"}
+    shown = [str(times[name]) if name in times else best[name] for name in headings if name in times | best]
+    cells = [" ".join(cell.split()) for cell in re.split("[│┃]", line.strip("│┃"))]
+    assert cells[1 : len(shown) + 1] == shown
+    assert cells[len(shown) + 1 : len(shown) + 3] == ["1.50", "1.00 ✓"]
+    assert "…" not in said.get()
 
 
 def test_second_run_of_a_day_keeps_the_first(tmp_path):

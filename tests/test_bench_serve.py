@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
 from vllm_flashmla_backend.bench.serve import Job
@@ -86,6 +87,19 @@ def test_summary_names_means_rows_left_out_and_failures(tmp_path, capsys):
     assert "geometric mean over 2 all rows: 1.391" in said
     assert "TRITON_MLA left out at h=16 b=1 context=1024: needs 9 blocks" in said
     assert "FLASH_ATTN_MLA failed: ended with status 1" in said
+
+
+@pytest.mark.parametrize("width, peers", [(120, 3), (80, 3), (70, 1)])
+def test_narrow_terminal_shows_every_time_whole_or_the_best_peers_alone(width, peers):
+    times = {"ours": 20.125, "FLASHMLA": 40.25, "FLASH_ATTN_MLA": 30.375, "TRITON_MLA": 130.5}
+    console = Console(width=width)
+    with console.capture() as said:
+        rows = [row(backend, ms, 128, 128, context=32768) for backend, ms in times.items()]
+        console.print(serve_report.summary(results(*rows)))
+    assert sum(f"{ms:.3f}" in said.get() for ms in times.values()) == peers + 1
+    assert peers == 3 or "FLASH_ATTN_MLA 30.375" in said.get()
+    assert all(name in said.get() for name in (times if peers == 3 else ["ours", "FLASH_ATTN_MLA"]))
+    assert "…" not in said.get()
 
 
 def test_run_in_which_ours_failed_is_told_by_the_exit_status(tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
 from test_bench_serve import HEAD, small_model
 
 from vllm_flashmla_backend.bench import report, tails, tails_report
@@ -53,6 +54,17 @@ def test_a_file_is_shown_and_its_table_written_for_the_docs(tmp_path, capsys):
         "| 2 | 30 / 25 | 7 / 1,234 |",
         "| decode is worth it up to | 1 | 2 |",
     ]
+
+
+@pytest.mark.parametrize("width", [160, 120, 80])
+def test_narrow_terminal_shows_every_pair_of_times_on_one_line(width):
+    shapes = [dict(h=h, batch=b, decodes=d) for h in (16, 128) for b, d in tails.SHAPES]
+    made = results(*(row(512, 10_240 + i, 20_480, **shape) for i, shape in enumerate(shapes)))
+    console = Console(width=width)
+    with console.capture() as said:
+        console.print(tails_report.summary(made))
+    assert [i for i in range(len(shapes)) if f"{10_240 + i:,} / 20,480" in said.get()] == list(range(6))
+    assert "…" not in said.get()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from math import exp, log
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .cases import ALSO, GEOMEAN_GOAL, GEOMEAN_MUST, GOAL_US, REGIMES, Case, Regime
+from .fitting import Fitting, dense
 
 OURS, INVARIANT = "ours", "invariant"
 INVARIANT_MUST, INVARIANT_FROM_BATCH = 0.90, 16
 """Speed asked of the batch-invariant mode, as the default mode's time ÷ its own, and from which batch on."""
+
+SHARES = ("of product", "of reading")  # columns of the table of cases that stand beside what they are of
+BEST = "best peer"  # the column that stands for all peers where there is no room for each
 
 
 @dataclass(frozen=True)
@@ -112,73 +117,96 @@ def read(path: Path, head: str = "ceilings") -> dict:
 def summary(results: dict) -> Group:
     """All tables of a run: cases, regimes, ceilings and plan; then what was missing or failed."""
     comparisons = compare(results)
+    regimes = _regime_table(comparisons)
     return Group(
-        _case_table(comparisons, results["ceilings"]),
-        _regime_table(comparisons),
+        Fitting(_case_tables(comparisons, results["ceilings"])),
+        Fitting([regimes, dense(regimes)]),
         *_lines(results, comparisons),
     )
 
 
-def _case_table(comparisons: list[Comparison], ceilings: dict) -> Table:
+def _case_tables(comparisons: list[Comparison], ceilings: dict) -> Iterator[Table]:
+    """The table of all cases, and ones with less and less in them for narrower terminals."""
     peers = list(dict.fromkeys(peer for comparison in comparisons for peer in comparison.rows))
-    table = Table(title="µs a call; best peer ÷ ours; shares of the product's and the reading ceiling")
-    table.add_column("case", no_wrap=True)
-    for heading in [*peers, "ratio", "must", "goal", "TFLOP/s", "", "GB/s", "", "error", "MHz", "workspace"]:
-        table.add_column(heading, justify="right")
+    made = partial(_case_table, comparisons, ceilings)
+    verdict, figures = ["ratio", "must", "goal"], ["TFLOP/s", "of product", "GB/s", "of reading"]
+    for details in (["error", "MHz", "workspace"], ["error", "MHz"], ["error"], []):
+        yield made(["case", *peers, *verdict, *figures, *details])
+    columns = ["case", *peers, *verdict, "TFLOP/s", "GB/s"]
+    yield made(columns)
+    yield dense(made(columns))
+    for columns in ([*verdict, "TFLOP/s", "GB/s"], [*verdict, "TFLOP/s"], verdict, verdict[:2]):
+        table = made(["case", OURS, BEST, *columns])
+        yield table
+        yield dense(table)
+
+
+def _case_table(comparisons: list[Comparison], ceilings: dict, shown: list[str]) -> Table:
+    """The table of all cases with the columns `shown`."""
+    shares = "; shares of the product's and the reading ceiling" if SHARES[0] in shown else ""
+    table = Table(title=f"µs a call; best peer ÷ ours{shares}")
+    for name in shown:
+        heading = "" if name in SHARES else name
+        table.add_column(heading, justify="left" if name == "case" else "right", no_wrap=name == "case")
     last = None
     for comparison in comparisons:
         if comparison.regime != last:
             table.add_section()
             table.add_row(Text(comparison.regime, style="bold"))
             last = comparison.regime
-        times = [_time(comparison, peer) for peer in peers]
-        table.add_row(str(comparison.case), *times, *_verdict(comparison), *_figures(comparison, ceilings))
+        cells = _cells(comparison, ceilings)
+        table.add_row(*(cells.get(name, "") for name in shown))
     return table
 
 
+def _cells(comparison: Comparison, ceilings: dict) -> dict[str, Text | str]:
+    """What stands in the case's row, by column."""
+    cells = {"case": str(comparison.case)} | {peer: _time(comparison, peer) for peer in comparison.rows}
+    if comparison.best:
+        cells[BEST] = f"{comparison.best['peer']} {comparison.best['us']:.1f}"
+    return cells | _verdict(comparison) | _figures(comparison, ceilings)
+
+
 def _time(comparison: Comparison, peer: str) -> Text:
-    row = comparison.rows.get(peer)
-    if row is None:
-        return Text("")
+    row = comparison.rows[peer]
     if not row["right"]:
         return Text(f"{row['us']:.1f} WRONG", style="red")
     is_best = comparison.best is row
     return Text(f"{row['us']:.1f}", style="bold" if is_best else "")
 
 
-def _verdict(comparison: Comparison) -> list[Text]:
+def _verdict(comparison: Comparison) -> dict[str, Text]:
     if comparison.ratio is None:
-        return [Text("–")] * 3
+        return dict.fromkeys(("ratio", "must", "goal"), Text("–"))
     targets = comparison.targets
-    return [
-        Text(f"{comparison.ratio:.2f}", style="bold"),
-        _reached(comparison.must_reached, f"{targets.must:.2f}"),
-        _reached(comparison.goal_reached, f"{targets.goal:.2f}"),
-    ]
+    return {
+        "ratio": Text(f"{comparison.ratio:.2f}", style="bold"),
+        "must": _reached(comparison.must_reached, f"{targets.must:.2f}"),
+        "goal": _reached(comparison.goal_reached, f"{targets.goal:.2f}"),
+    }
 
 
 def _reached(reached: bool, target: str) -> Text:
     return Text(f"{target} {'✓' if reached else '✗'}", style="green" if reached else "red")
 
 
-def _figures(comparison: Comparison, ceilings: dict) -> list[str]:
+def _figures(comparison: Comparison, ceilings: dict) -> dict[str, str]:
     row = comparison.rows.get(OURS)
     if row is None:
-        return []
+        return {}
     theirs = comparison.rows.get("flashmla")
     workspace = f"{row['workspace_bytes'] / 1e6:.1f}"
     if theirs:
         workspace += f" / {theirs['workspace_bytes'] / 1e6:.1f} MB"
-    error = "NaN" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
-    return [
-        f"{row['tflops']:.0f}",
-        f"{row['tflops'] / ceilings['product_tflops']:.0%}",
-        f"{row['gbps']:.0f}",
-        f"{row['gbps'] / ceilings['read_gbps']:.0%}",
-        error,
-        "" if row["sm_mhz"] is None else f"{row['sm_mhz']:.0f}",
-        workspace,
-    ]
+    return {
+        "TFLOP/s": f"{row['tflops']:.0f}",
+        "of product": f"{row['tflops'] / ceilings['product_tflops']:.0%}",
+        "GB/s": f"{row['gbps']:.0f}",
+        "of reading": f"{row['gbps'] / ceilings['read_gbps']:.0%}",
+        "error": "NaN" if row["rel_err"] is None else f"{row['rel_err']:.1e}",
+        "MHz": "" if row["sm_mhz"] is None else f"{row['sm_mhz']:.0f}",
+        "workspace": workspace,
+    }
 
 
 def _regime_table(comparisons: list[Comparison]) -> Table:
@@ -211,6 +239,10 @@ def _goal(regime: Regime) -> str:
 
 
 def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
+    yield Text(
+        "must and goal: the speed asked of each regime, as the best peer's time ÷ ours; "
+        "some goals ask for TFLOP/s, GB/s or µs besides"
+    )
     table_cases = [comparison for comparison in comparisons if comparison.regime != ALSO]
     mean = geometric_mean(table_cases)
     if mean:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .fitting import Fitting, dense
 from .tails import DECODE, PREFILL
 
 
@@ -40,13 +42,32 @@ def name(column: tuple[int, int, int]) -> str:
 
 def summary(results: dict) -> Group:
     """The table, up to which length decode is worth it, and what failed."""
+    return Group(Fitting(_tables(results)), *_lines(results))
+
+
+def _tables(results: dict) -> Iterator[RenderableType]:
+    """One table; for narrower terminals with folded headings; for still narrower ones by heads."""
+    found = columns(results)
+    yield _table(results, found)
+    yield _table(results, found, folded=True)
+    by_heads = [list(group) for _, group in groupby(found, key=lambda column: column[0])]
+    tables = [_table(results, each, folded=True) for each in by_heads]
+    yield Group(*tables)
+    yield Group(*map(dense, tables))
+
+
+def _table(results: dict, found: list[tuple[int, int, int]], folded: bool = False) -> Table:
+    """The table of the columns `found`."""
     table = Table(title=_title(results))
     table.add_column("tail", justify="right")
-    for column in columns(results):
-        table.add_column(name(column), justify="right")
-    for length, cells in _cells(results):
+    for column in found:
+        heading = name(column)
+        if folded:
+            heading = heading.replace(", ", "\n").replace(" beside", "\nbeside")
+        table.add_column(heading, justify="right", no_wrap=True)
+    for length, cells in _cells(results, found):
         table.add_row(str(length), *cells)
-    return Group(table, *_lines(results))
+    return table
 
 
 def markdown(results: dict) -> str:
@@ -54,7 +75,7 @@ def markdown(results: dict) -> str:
     found = columns(results)
     lines = [_title(results), "", f"| tail | {' | '.join(map(name, found))} |"]
     lines.append("|---:|" + "---:|" * len(found))
-    lines += [f"| {length} | {' | '.join(cells)} |" for length, cells in _cells(results)]
+    lines += [f"| {length} | {' | '.join(cells)} |" for length, cells in _cells(results, found)]
     worth = [str(worth_decoding(by_length(results, column))) for column in found]
     return "\n".join([*lines, f"| decode is worth it up to | {' | '.join(worth)} |", ""])
 
@@ -64,10 +85,10 @@ def _title(results: dict) -> str:
     return f"µs of a layer's attention by decode / by prefill, {cached:,} cached tokens, {where}"
 
 
-def _cells(results: dict) -> Iterator[tuple[int, list[str]]]:
-    found = [by_length(results, column) for column in columns(results)]
-    for length in sorted({length for rows in found for length in rows}):
-        yield length, [_cell(rows.get(length)) for rows in found]
+def _cells(results: dict, found: list[tuple[int, int, int]]) -> Iterator[tuple[int, list[str]]]:
+    by_column = [by_length(results, column) for column in found]
+    for length in sorted({length for rows in by_column for length in rows}):
+        yield length, [_cell(rows.get(length)) for rows in by_column]
 
 
 def _cell(row: dict | None) -> str:

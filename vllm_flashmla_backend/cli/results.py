@@ -16,7 +16,7 @@ from .environment import VLLM, commit, describe, device, installed_version
 if TYPE_CHECKING:
     from ..bench.clock import GpuMonitor
 
-WIDTH = 190  # columns of the widest table, for where the output is no terminal
+WIDTH = 220  # columns where the output is no terminal: every table fits whole
 
 
 def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
