@@ -8,6 +8,7 @@ import pytest
 
 from vllm_flashmla_backend.cli import main, plan
 from vllm_flashmla_backend.flash_mla import schedule
+from vllm_flashmla_backend.flash_mla.chunks import chunk_pages
 
 LENGTHS = [100, 2000, 0, 30_000, 64, 5_000]
 PARTS = 12
@@ -85,11 +86,31 @@ def test_parts_follow_the_heads(monkeypatch, capsys):
         assert f"of {parts} parts busy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("heads, level", [(16, 1), (128, 2)])
+def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, level, capsys):
+    options = ["--lens", "9000,300", "--parts", "8", "--heads", str(heads)]
+    assert main(["plan", *options, "--batch-invariant"]) == 0
+    said = capsys.readouterr().out
+    metadata, _ = schedule.plan([9000, 300], 8, level)
+    pieces = [plan.name(split) for split in schedule.splits_of(metadata, [9000, 300])]
+    assert re.findall(r"\d+\[\d+:\d+\)", said) == pieces
+    cuts = [int(page) for page in re.findall(r"0\[(\d+):", said)]
+    chunk = chunk_pages(-(-9000 // 64), level)
+    assert len(cuts) > 1 and all(page % chunk == 0 for page in cuts)
+    assert main(["plan", *options]) == 0
+    assert re.findall(r"\d+\[\d+:\d+\)", capsys.readouterr().out) != pieces
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--lens", "5,x"], "--lens is '5,x'"),
         (["--lens", ","], "--lens is ','"),
+        (["--lens", "1,,2"], "--lens is '1,,2', expected lengths of 0 to 2,147,483,647 with commas between"),
+        (["--lens", "2147483648"], "--lens is '2147483648'"),
+        (["--lens", "5", "--out", "/nowhere/x.png"], "--out is /nowhere/x.png: No such file or directory"),
+        (["--lens", "5", "--out", "/tmp"], "--out is /tmp, expected a name that ends in .png"),
+        (["--lens", "5", "--out", "/tmp/x.foo"], "--out is /tmp/x.foo: Format 'foo' is not supported"),
         (["--lens", "5", "--heads", "0"], "--heads is 0"),
         (["--lens", "5", "--parts", "-1"], "--parts is -1"),
     ],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HELP = "draw which part of the GPU works on which pages of which sequence, in the terminal or as a PNG"
 
 HOPPER_SMS = 132
+LONGEST = 2**31 - 1  # lengths are int32
 BAR_WIDTH = 60  # columns of the longest part's bar
 SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
 
@@ -30,24 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts",
         type=int,
-        help=f"default: as many as this GPU runs; of {HOPPER_SMS} SMs where there is none",
+        metavar="N",
+        help="parts to plan for (default: as many as this GPU runs at once, "
+        f"or one of {HOPPER_SMS} SMs where there is none)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw there, not in the terminal")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="the plan that vLLM's VLLM_BATCH_INVARIANT=1 gets"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="draw in this file (default: in the terminal)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan on the host, as `schedule.plan` specifies it, and draw; always 0."""
-    from ..flash_mla import schedule
+    from ..flash_mla import chunks, schedule
 
     lengths = parse_lengths(args.lens)
     for option, value in (("--heads", args.heads), ("--query-len", args.query_len), ("--parts", args.parts)):
         if value is not None and value < 1:
             raise SystemExit(f"{option} is {value}, expected at least 1")
     num_parts = args.parts or schedule.num_parts(num_sms(), args.heads * args.query_len, 1)
-    metadata, _ = schedule.plan(lengths, num_parts)
+    level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
+    metadata, _ = schedule.plan(lengths, num_parts, level)
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
     if args.out:
-        draw(work, lengths).savefig(args.out, dpi=120)
+        save(draw(work, lengths), args.out)
         print(f"plot: {args.out}")
     else:
         console = Console()
@@ -59,10 +68,22 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_lengths(text: str) -> list[int]:
     """`100,2000` as numbers."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
-        raise SystemExit(f"--lens is {text!r}, expected lengths of 0 or more with commas between them")
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) <= LONGEST for word in words):
+        raise SystemExit(f"--lens is {text!r}, expected lengths of 0 to {LONGEST:,} with commas between them")
     return [int(word) for word in words]
+
+
+def save(picture: Figure, path: Path) -> None:
+    """Write the picture, or exit with the reason."""
+    if not path.suffix:  # matplotlib would add one
+        raise SystemExit(f"--out is {path}, expected a name that ends in .png")
+    try:
+        picture.savefig(path, dpi=120)
+    except OSError as error:
+        raise SystemExit(f"--out is {path}: {error.strerror}") from error
+    except ValueError as error:  # no kind of picture that matplotlib knows
+        raise SystemExit(f"--out is {path}: {error}") from error
 
 
 def num_sms() -> int:
