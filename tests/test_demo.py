@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.cli.demo import RECALL
 
 pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []
 
@@ -27,6 +28,11 @@ def test_demo_answers_right_and_ends_with_its_table():
 def test_demo_without_a_model_says_which_it_expects(tmp_path):
     with pytest.raises(SystemExit, match="no config.json; expected the repository.s configs/recall"):
         main(["demo", "--model", str(tmp_path)])
+
+
+def test_demo_with_a_model_without_tokenizer_says_that_it_asks_the_recall_task():
+    with pytest.raises(SystemExit, match="few-layers, which has no tokenizer; the demo asks the recall task"):
+        main(["demo", "--model", str(RECALL.parent / "deepseek-v3-few-layers")])
 
 
 def test_demo_needs_a_prompt():

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
+import pytest
 import torch
 
-from vllm_flashmla_backend.cli import checks, report
+from vllm_flashmla_backend.cli import checks, main, report
 
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -17,6 +19,13 @@ def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, env=os.environ | {"COLUMNS": "200"} | environment, capture_output=True, text=True
     )
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"vllm-flashmla-backend {version('vllm-flashmla-backend')}\n"
 
 
 def test_all_is_well_where_these_tests_run():
@@ -61,6 +70,14 @@ def test_wrong_kernels_are_found_out(monkeypatch):
 def test_vllm_out_of_range_is_named(monkeypatch):
     monkeypatch.setattr(checks, "installed_version", lambda *names: "vllm 0.25.1")
     assert "0.26 to 0.33 are supported" in checks.vllm_release().remedy
+
+
+@pytest.mark.parametrize(
+    "release, supported", [((3, 10, 9), False), ((3, 11, 0), True), ((3, 13, 9), True), ((3, 14, 0), False)]
+)
+def test_python_is_of_a_supported_release(release, supported, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", release)
+    assert checks.python().remedy == (None if supported else "Python 3.11 to 3.13 is needed")
 
 
 def test_report_is_one_block_with_versions_checks_entry_points_and_environment():

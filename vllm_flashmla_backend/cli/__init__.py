@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import bench, demo, doctor, plan, soak
+from .environment import installed_version
 
 COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "soak": soak, "plan": plan}
 """Name of each command and its module: `HELP`, `add_arguments(parser)`, `run(args) -> exit status`."""
@@ -13,6 +14,8 @@ COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "soak": soak, "plan"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status, 0 where all is well."""
     parser = argparse.ArgumentParser(prog="vllm-flashmla", description="Look at, and try, FLASHMLA.")
+    version = installed_version("vllm-flashmla-backend") or "vllm-flashmla-backend, not installed"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))

@@ -36,8 +36,8 @@ def examine() -> list[Check]:
 
 
 def python() -> Check:
-    wrong = sys.version_info < (3, 11)
-    return Check("Python", platform.python_version(), "Python 3.11 or newer is needed" if wrong else None)
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check("Python", platform.python_version(), None if supported else "Python 3.11 to 3.13 is needed")
 
 
 def package() -> Check:

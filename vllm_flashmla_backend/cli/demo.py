@@ -43,6 +43,11 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(
             f"--model is {args.model}, which has no config.json; expected the repository's configs/recall"
         )
+    if not any(args.model.glob("tokenizer*")):
+        raise SystemExit(
+            f"--model is {args.model}, which has no tokenizer; the demo asks the recall task, and needs a "
+            "model trained for it with its tokenizer, as the repository's configs/recall"
+        )
     prompts = make_prompts(SEED, args.prompts, MIN_TOKENS, MAX_TOKENS)
     llm = start_engine(args.model)
     completions, seconds = answer(llm, prompts)
