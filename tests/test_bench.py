@@ -305,6 +305,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     [
         (["--peers", "fa3,fastest"], "--peers has fastest"),
         (["--repeat", "0"], "--repeat is 0"),
+        (["--build-limit", "0"], "--build-limit is 0, expected at least 1"),
         (["--plot", "/nowhere/r.json"], "/nowhere/r.json"),
     ],
 )

@@ -6,12 +6,13 @@ import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
+from vllm_flashmla_backend.bench import report, serve, serve_engine, serve_plot, serve_report
 from vllm_flashmla_backend.bench.serve import Job
 from vllm_flashmla_backend.cli import main
 from vllm_flashmla_backend.cli.results import numbers
@@ -39,7 +40,7 @@ def results(*rows: dict, **other) -> dict:
 
 def job(**other) -> Job:
     fields = dict(backend="ours", model=str(serve.MODEL), layers=2, heads=(16,), batches=(1,), contexts=(64,))
-    return Job(**fields | dict(steps=8, row_seconds=60) | other)
+    return Job(**fields | dict(rounds=1, steps=8, row_seconds=60) | other)
 
 
 def test_default_rows_are_those_of_the_issue():
@@ -156,6 +157,81 @@ def test_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
     assert str(tmp_path) in reports[-1]["failure"]["log"]
 
 
+@pytest.mark.parametrize("kind", ["--serve", "--tails"])
+def test_run_of_which_nothing_came_ends_with_the_causes_and_leaves_no_file(kind, tmp_path, monkeypatch):
+    log = "Traceback\nRuntimeError: no memory\n"
+    failure = {"backend": "ours", "error": "ended with status 1", "log": log}
+    monkeypatch.setattr(serve, "measure", lambda job: iter([{"failure": failure}]))
+    with pytest.raises(
+        SystemExit, match="(?s)nothing was measured.* ended with status 1: RuntimeError: no m"
+    ):
+        main(["bench", kind, "--out", str(tmp_path), "--heads", "16"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_of_another_kind_is_told_with_the_option_that_suits(tmp_path):
+    path = tmp_path / "r.json"
+    for head, asked, remedy in (
+        ("model", [], "a file of `bench --serve`; add --serve"),
+        ("ceilings", ["--serve"], "a file of `bench`; leave out --serve"),
+        ("tails_model", ["--serve"], "a file of `bench --tails`; add --tails and leave out --serve"),
+    ):
+        report.save({head: {}, "rows": [row("ours", 1.0)]}, path)
+        with pytest.raises(SystemExit, match=re.escape(remedy)):
+            main(["bench", *asked, "--plot", str(path), "--no-plots"])
+
+
+class SlowRound:
+    """In place of vLLM: steps of 2 ms on a clock of its own, but of 9 ms in the second round."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.llm_engine, self.rounds, self.clock, self.running = self, 0, 0.0, []
+        monkeypatch.setattr(serve_engine, "add_requests", self.add_requests)
+
+    def add_requests(self, llm, job, batch: int, context: int, number: int) -> list[str]:
+        assert not self.running and number == self.rounds
+        self.rounds, self.running = self.rounds + 1, [f"{number}-{i}" for i in range(batch)]
+        return self.running
+
+    def step(self) -> list[SimpleNamespace]:
+        self.clock += 0.009 if self.rounds == 2 else 0.002
+        output = SimpleNamespace(
+            outputs=[SimpleNamespace(token_ids=[5])], metrics=SimpleNamespace(last_token_ts=self.clock)
+        )
+        return [output] * len(self.running)
+
+    def abort_request(self, names: list[str], internal: bool) -> None:
+        assert names == self.running
+        self.running = []
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running)
+
+
+def test_one_slow_round_does_not_make_a_row(monkeypatch):
+    said = []
+    monkeypatch.setattr(serve_engine, "say", lambda kind, entry: said.append((kind, entry)))
+    llm = SlowRound(monkeypatch)
+    shape = {"b": 2, "context": 64, "block_size": 64, "num_blocks": 100}
+    serve_engine.measure_row(llm, job(rounds=3, steps=12), shape)
+    ((kind, made),) = said
+    assert (kind, made["ms_per_step"], made["ms_quartiles"], made["steps"]) == ("rows", 2.0, [2.0, 9.0], 36)
+    assert llm.rounds == 3 and not llm.running
+
+
+def test_rounds_end_with_the_rows_time(monkeypatch):
+    monkeypatch.setattr(serve_engine, "say", lambda kind, entry: said.append((kind, entry)))
+    llm, said, shape = (
+        SlowRound(monkeypatch),
+        [],
+        {"b": 2, "context": 64, "block_size": 64, "num_blocks": 100},
+    )
+    serve_engine.measure_row(llm, job(rounds=3, row_seconds=1e-9), shape)
+    ((kind, made),) = said
+    assert (kind, made["reason"]) == ("skipped", "0 steps in 1e-09 s, expected at least 8")
+    assert llm.rounds == 1 and not llm.running
+
+
 def test_process_that_reports_nothing_is_ended():
     (failure,) = serve.measure(job(), silence_seconds=1)
     assert failure["failure"]["error"] == "reported nothing for 1 s"
@@ -167,6 +243,10 @@ def test_process_that_reports_nothing_is_ended():
         (["--backends", "ours,FASTEST"], "--backends has FASTEST"),
         (["--layers", "0"], "--layers is 0"),
         (["--steps", "7"], "--steps is 7, expected at least 8"),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--row-seconds", "-1"], "--row-seconds is -1, expected at least 1"),
+        (["--row-seconds", "nan"], "--row-seconds is nan, expected at least 1"),
+        (["--tails"], "--serve and --tails are two benchmarks: expected one of them"),
         (["--model", "/nowhere"], "--model is /nowhere"),
         (["--plot", "/nowhere/r.json"], "/nowhere/r.json"),
     ],
@@ -208,7 +288,8 @@ def test_vllm_is_timed_with_the_plugin_and_without(tmp_path, capfd):
         "--commit",
         "f" * 40,
     ]
-    options += ["--layers", "1", "--heads", "16", "--contexts", "70,300", "--steps", "8", "--no-plots"]
+    options += ["--layers", "1", "--heads", "16", "--contexts", "70,300", "--steps", "8", "--rounds", "2"]
+    options += ["--no-plots"]
     assert main([*options, "--batches", "1,3", "--backends", "ours"]) == 0
     assert main([*options, "--batches", "3", "--backends", peer]) == 0
     (path,) = (tmp_path / "out").iterdir()
@@ -221,7 +302,7 @@ def test_vllm_is_timed_with_the_plugin_and_without(tmp_path, capfd):
         (3, 300, "ours"),
         (3, 300, peer),
     ]
-    assert all(0 < r["ms_per_step"] < 1000 and r["steps"] == 8 for r in made["rows"])
+    assert all(0 < r["ms_per_step"] < 1000 and r["steps"] == 16 for r in made["rows"])
     for each in made["rows"]:
         assert each["class"].startswith("vllm_flashmla_backend.") == (each["backend"] == "ours")
     assert "of 2 rows" in capfd.readouterr().out

@@ -20,6 +20,9 @@ OURS, INVARIANT = "ours", "invariant"
 INVARIANT_MUST, INVARIANT_FROM_BATCH = 0.90, 16
 """Speed asked of the batch-invariant mode, as the default mode's time ÷ its own, and from which batch on."""
 
+KINDS = {"ceilings": "", "model": "--serve", "tails_model": "--tails"}
+"""A key at the head of each kind of results file, and the option by which `bench` makes and shows it."""
+
 SHARES = ("of product", "of reading")  # columns of the table of cases that stand beside what they are of
 BEST = "best peer"  # the column that stands for all peers where there is no room for each
 
@@ -94,7 +97,9 @@ def geometric_mean(comparisons: list[Comparison]) -> float | None:
 
 
 def save(results: dict, path: Path) -> None:
-    """Write the file whole or not at all, so that a run cut off leaves what it had."""
+    """Write the file whole or not at all, so that a run cut off leaves what it had: its rows, if any."""
+    if not results["rows"]:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
@@ -102,13 +107,19 @@ def save(results: dict, path: Path) -> None:
 
 
 def read(path: Path, head: str = "ceilings") -> dict:
-    """The results in `path`; ValueError where it is no results file with the key `head`."""
+    """The results in `path`; ValueError where it is no results file of the kind with the key `head`."""
     try:
         results = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; expected a results file of vllm-flashmla bench") from error
-    if not isinstance(results, dict) or not {head, "rows"} <= results.keys():
-        raise ValueError(f"{path}: no keys `{head}` and `rows`; expected a file of vllm-flashmla bench")
+    kinds = [kind for kind in KINDS if isinstance(results, dict) and {kind, "rows"} <= results.keys()]
+    if not kinds:
+        raise ValueError(f"{path}: expected a results file of vllm-flashmla bench")
+    if head not in kinds:
+        right, asked = KINDS[kinds[0]], KINDS[head]
+        remedies = [f"add {right}"] * bool(right) + [f"leave out {asked}"] * bool(asked)
+        command = f"bench {right}".strip()
+        raise ValueError(f"{path}: a file of `{command}`; {' and '.join(remedies)}")
     if not results["rows"]:
         raise ValueError(f"{path}: got no rows, expected at least one measured case")
     return results

@@ -55,8 +55,9 @@ class Job:
     model : directory with a config.json; no weights are read.
     layers : how many the model gets, all of them with a dense MLP.
     heads, batches, contexts : an engine for each number of heads, in it a row for each batch and context.
-    steps : decode steps that are timed in a row.
-    row_seconds : a row's steps end after so long, however many they were by then.
+    rounds : how often a row's requests are added anew, so that one placement does not make a row.
+    steps : decode steps that are timed in a round.
+    row_seconds : a row's steps, of all rounds, end after so long, however many they were by then.
     """
 
     engine: ClassVar[str] = "serve_engine"  # what runs in the process
@@ -67,6 +68,7 @@ class Job:
     heads: tuple[int, ...]
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
+    rounds: int
     steps: int
     row_seconds: float
 
@@ -133,6 +135,11 @@ def _lines(process: subprocess.Popen, silence_seconds: float) -> Iterator[str]:
 def key(row: dict) -> tuple:
     """What a row, or one left out, is of."""
     return row["h"], row["b"], row["context"], row["backend"]
+
+
+def name(row: dict) -> str:
+    """A row, or one left out, in words."""
+    return f"{row['backend']} h={row['h']} b={row['b']} context={row['context']}"
 
 
 def add(results: dict, name: str, entry: dict) -> None:

@@ -4,7 +4,9 @@ How a decode step is timed: DecodeBenchConnector, which comes with vLLM, fills a
 random numbers in place of a prefill, since prefilling 128 prompts of 32k would take minutes. Scheduling is
 paused while the requests are added, so that they all run in lockstep from their first token on. A time
 is the difference of the engine's own time stamps of two steps, both of which gave a token to every
-request; neither the front end nor the start of the batch is in it.
+request; neither the front end nor the start of the batch is in it. A row is timed in several rounds, for
+each of which its requests are added anew: a short step waits for the host, and how requests and pages then
+happen to lie would else decide a whole row.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -127,21 +129,38 @@ def measure_row(llm: LLM, job: Job, row: dict) -> None:
     if blocks >= available:  # one block is vLLM's own
         reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
         return say("skipped", row | {"reason": reason})
-    stamps = time_stamps(llm, job, row["b"], row["context"])
-    steps = (len(stamps) - 1) // STRETCH * STRETCH
-    if steps < 2 * STRETCH:
-        reason = f"{max(steps, 0)} steps in {job.row_seconds:g} s, expected at least {2 * STRETCH}"
+    times = [ms for stamps in rounds(llm, job, row["b"], row["context"]) for ms in stretches(stamps)]
+    steps = STRETCH * len(times)
+    if len(times) < 2:
+        reason = f"{steps} steps in {job.row_seconds:g} s, expected at least {2 * STRETCH}"
         return say("skipped", row | {"reason": reason})
-    times = [(end - begin) / STRETCH * 1e3 for begin, end in pairwise(stamps[: steps + 1 : STRETCH])]
     low, middle, high = (round(ms, 4) for ms in quantiles(times, n=4, method="inclusive"))
     say("rows", row | {"ms_per_step": middle, "ms_quartiles": [low, high], "steps": steps})
 
 
-def time_stamps(llm: LLM, job: Job, batch: int, context: int) -> list[float]:
-    """The engine's clock, in seconds, at the end of each step that gave all requests a token, after warm-up.
+def stretches(stamps: list[float]) -> list[float]:
+    """Milliseconds of a step in each whole stretch."""
+    return [(end - begin) / STRETCH * 1e3 for begin, end in pairwise(stamps[::STRETCH])]
 
-    Fewer than `job.steps + 1` where `job.row_seconds` were over before.
-    """
+
+def rounds(llm: LLM, job: Job, batch: int, context: int) -> Iterator[list[float]]:
+    """The time stamps of each round, for which the requests are added anew, until the row's time is over."""
+    left = job.row_seconds
+    for number in range(job.rounds):
+        if left <= 0:
+            return
+        names = add_requests(llm, job, batch, context, number)
+        start = time.monotonic()
+        stamps = time_stamps(llm, job, batch, start + left)
+        left -= time.monotonic() - start
+        llm.llm_engine.abort_request(names, internal=True)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+        yield stamps
+
+
+def add_requests(llm: LLM, job: Job, batch: int, context: int, number: int) -> list[str]:
+    """Add a round's requests, all of which begin with the next step; their names."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -152,24 +171,28 @@ def time_stamps(llm: LLM, job: Job, batch: int, context: int) -> list[float]:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    engine = llm.llm_engine
     llm.sleep(level=0)  # pauses scheduling alone
+    prompts = [{"prompt_token_ids": [i + 3] * context} for i in range(batch)]
     names = [
-        engine.add_request(f"{batch}x{context}-{i}", {"prompt_token_ids": [i + 3] * context}, params)
-        for i in range(batch)
+        llm.llm_engine.add_request(f"{batch}x{context}-{number}-{i}", prompt, params)
+        for i, prompt in enumerate(prompts)
     ]
     llm.wake_up(tags=["scheduling"])
+    return names
+
+
+def time_stamps(llm: LLM, job: Job, batch: int, deadline: float) -> list[float]:
+    """The engine's clock, in seconds, at the end of each step that gave all requests a token, after warm-up.
+
+    Fewer than `job.steps + 1` where the deadline was over before.
+    """
     stamps: list[float] = []
-    deadline = time.monotonic() + job.row_seconds
     while len(stamps) < WARM_STEPS + job.steps + 1 and time.monotonic() < deadline:
-        outputs = engine.step()
+        outputs = llm.llm_engine.step()
         if len(outputs) == batch and all(len(output.outputs[0].token_ids) == 1 for output in outputs):
             stamps.append(outputs[0].metrics.last_token_ts)
         elif stamps and outputs:
             raise RuntimeError(f"{len(outputs)} of {batch} requests got a token in a step of a full batch")
-    engine.abort_request(names, internal=True)
-    while engine.has_unfinished_requests():
-        engine.step()
     return stamps[WARM_STEPS:]
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..bench.cases import ROWS
 from . import bench_serve, bench_tails
 from .environment import device
-from .results import describe_run, show_tables, unused_path
+from .results import describe_run, require, require_rows, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 
@@ -25,20 +25,48 @@ PEERS = ("flashmla", "fa3", "flashinfer", "triton")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
     parser.add_argument(
-        "--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}, or '' for none (default: all)"
+        "--peers",
+        default=",".join(PEERS),
+        metavar="NAME,NAME,…",
+        help=f"some of {','.join(PEERS)}, or '' for none (default: all)",
     )
-    parser.add_argument("--repeat", type=int, default=15, help="times of which the median is taken (15)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
-    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG files")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=15,
+        metavar="N",
+        help="how often each call is timed; the median is taken (default: 15)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="DIR",
+        help="directory for the results file and its pictures (default: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw PNG files beside the results file (default: yes)",
+    )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE.json",
         help="measure nothing: show and draw these results, anywhere",
     )
-    parser.add_argument("--commit", help="of this code, where there is no git repository to ask")
     parser.add_argument(
-        "--build-limit", type=float, default=240, metavar="SECONDS", help="for a peer's compiling (240)"
+        "--commit",
+        metavar="HASH",
+        help="the commit of this code, for the results file (default: what git says)",
+    )
+    parser.add_argument(
+        "--build-limit",
+        type=float,
+        default=240,
+        metavar="SECONDS",
+        help="how long a peer's kernel may compile before it is left out (default: 240)",
     )
     bench_serve.add_arguments(parser)
     bench_tails.add_arguments(parser)
@@ -46,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show; 0 if every result of ours was right, whatever its speed."""
+    if args.serve and args.tails:
+        raise SystemExit("--serve and --tails are two benchmarks: expected one of them")
     if args.serve:
         return bench_serve.run(args)
     if args.tails:
@@ -53,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
     peers = [name for name in args.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         raise SystemExit(f"--peers has {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")
-    if args.repeat < 1:
-        raise SystemExit(f"--repeat is {args.repeat}, expected at least 1")
+    require(("--repeat", args.repeat, 1), ("--build-limit", args.build_limit, 1))
     if args.plot:
         return show(args.plot, args.plots)
     if reason := why_not_here():
@@ -104,6 +133,8 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
             report.save(results, path)
             times = ", ".join(f"{row['peer']} {row['us']:.1f}" for row in rows)
             progress.console.print(f"{case}: {times} µs", highlight=False)
+    failed = {each["peer"]: each["error"] for each in results["failures"]}
+    require_rows(results, (f"{peer}: {why}" for peer, why in (missing | failed).items()))
     return path
 
 

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from .environment import device
-from .results import describe_run, numbers, show_tables, unused_path
+from .results import cause, describe_run, numbers, require, require_rows, show_tables, unused_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,27 +24,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "plugin and each of vLLM's own MLA backends; --out, --plots, --plot and --commit mean the same, "
         "and rows join those of earlier runs of the same code on the same kind of machine",
     )
-    group.add_argument("--backends", help="some of ours and vLLM's own (default: all for this device)")
-    group.add_argument("--heads", type=numbers, default=HEADS, metavar="N,N,…", help=_default(HEADS))
-    group.add_argument("--batches", type=numbers, default=BATCHES, metavar="N,N,…", help=_default(BATCHES))
-    group.add_argument("--contexts", type=numbers, default=CONTEXTS, metavar="N,N,…", help=_default(CONTEXTS))
-    group.add_argument("--layers", type=int, default=16, help="of the model (16)")
-    group.add_argument("--steps", type=int, default=32, help="decode steps timed in a row, at least 8 (32)")
     group.add_argument(
-        "--row-seconds", type=float, default=15, metavar="SECONDS", help="a row's steps end then (15)"
+        "--backends",
+        metavar="NAME,NAME,…",
+        help="some of ours and vLLM's own (default: all for this device)",
     )
-    group.add_argument("--model", type=Path, default=MODEL, help="directory of another config.json")
-
-
-def _default(values: tuple[int, ...]) -> str:
-    return f"default: {','.join(map(str, values))}"
+    for option, default, what in (
+        ("--heads", HEADS, "query heads of the model, an engine for each"),
+        ("--batches", BATCHES, "sequences that decode together"),
+        ("--contexts", CONTEXTS, "cached tokens of each sequence"),
+    ):
+        words = f"{what} (default: {','.join(map(str, default))})"
+        group.add_argument(option, type=numbers, default=default, metavar="N,N,…", help=words)
+    for option, default, what in (
+        ("--layers", 16, "layers of the model"),
+        ("--rounds", 3, "how often a row's requests are added anew and timed"),
+        ("--steps", 12, "decode steps timed in each round, at least 8"),
+    ):
+        words = f"{what} (default: {default})"
+        group.add_argument(option, type=int, default=default, metavar="N", help=words)
+    group.add_argument(
+        "--row-seconds",
+        type=float,
+        default=15,
+        metavar="SECONDS",
+        help="a row's steps end after so long, however many they were (default: 15)",
+    )
+    group.add_argument(
+        "--model",
+        type=Path,
+        default=MODEL,
+        metavar="DIR",
+        help=f"a model's directory, of which config.json alone is read (default: configs/{MODEL.name})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show; 0 if every row of ours was measured or does not fit, whatever its speed."""
-    for option, value, least in (("--layers", args.layers, 1), ("--steps", args.steps, 8)):
-        if value < least:
-            raise SystemExit(f"{option} is {value}, expected at least {least}")
+    require(
+        ("--layers", args.layers, 1),
+        ("--rounds", args.rounds, 1),
+        ("--steps", args.steps, 8),
+        ("--row-seconds", args.row_seconds, 1),
+    )
     if args.plot:
         return show(args.plot, args.plots)
     if not (args.model / "config.json").is_file():
@@ -72,6 +94,7 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
             heads=args.heads,
             batches=args.batches,
             contexts=args.contexts,
+            rounds=args.rounds,
             steps=args.steps,
             row_seconds=args.row_seconds,
         )
@@ -92,6 +115,9 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
                     serve.add(results, kind, entry)
                     progress.advance(bar)
                 report.save(results, path)
+    failed = [f"{each['backend']} {cause(each)}" for each in results["failures"]]
+    left_out = [f"{serve.name(each)}: {each['reason']}" for each in results["skipped"]]
+    require_rows(results, failed + left_out)
     return path
 
 
@@ -114,7 +140,7 @@ def tell(backend: str, kind: str, entry: dict) -> str:
     if kind == "engine":
         return f"{backend} h={entry['h']}: {entry['class']}, started in {entry['seconds']} s"
     said = f"{entry['ms_per_step']:.3f} ms" if kind == "rows" else f"left out, {entry['reason']}"
-    return f"{backend} h={entry['h']} b={entry['b']} context={entry['context']}: {said}"
+    return f"{serve.name(entry)}: {said}"
 
 
 def show(path: Path, with_plots: bool) -> int:

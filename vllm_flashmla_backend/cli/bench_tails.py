@@ -11,7 +11,7 @@ from rich.console import Console
 from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
 from .environment import device
-from .results import describe_run, numbers, show_tables, unused_path
+from .results import cause, describe_run, numbers, require, require_rows, show_tables, unused_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,19 +23,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "decode and through prefill; --heads, --layers (4 are enough), --model, --repeat, --out, --plot and "
         "--commit mean the same",
     )
-    group.add_argument("--cached", type=int, default=CACHED, help=f"tokens in the cache ({CACHED})")
-    group.add_argument("--lengths", type=numbers, default=LENGTHS, metavar="N,N,…", help="of the tails")
+    group.add_argument(
+        "--cached",
+        type=int,
+        default=CACHED,
+        metavar="N",
+        help=f"tokens of each prompt that are in the prefix cache (default: {CACHED})",
+    )
+    group.add_argument(
+        "--lengths",
+        type=numbers,
+        default=LENGTHS,
+        metavar="N,N,…",
+        help=f"tokens after them, the tails (default: {','.join(map(str, LENGTHS))})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show; 0 if every row was measured."""
-    if args.plot:
-        return show(args.plot)
     if args.cached < 64 or args.cached % 64:
         raise SystemExit(f"--cached is {args.cached}, expected whole pages of 64 tokens")
-    for option, value, least in (("--layers", args.layers, 1), ("--repeat", args.repeat, 2)):
-        if value < least:
-            raise SystemExit(f"{option} is {value}, expected at least {least}")
+    require(("--layers", args.layers, 1), ("--repeat", args.repeat, 2))
+    if args.plot:
+        return show(args.plot)
     if not (args.model / "config.json").is_file():
         raise SystemExit(f"--model is {args.model}, which has no config.json")
     return show(measure_all(args))
@@ -60,6 +70,7 @@ def measure_all(args: argparse.Namespace) -> Path:
             elif kind == "failure":
                 results["failures"].append(entry | {"h": heads})
             report.save(results, path)
+    require_rows(results, (f"h={each['h']} {cause(each)}" for each in results["failures"]))
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,25 @@ def unused_path(directory: Path, gpu: str, day: str, kind: str = "") -> Path:
     while path.exists():
         path, number = directory / f"{name}-{number}.json", number + 1
     return path
+
+
+def require_rows(results: dict, failures: Iterable[str]) -> None:
+    """SystemExit with the causes where nothing was measured, and so no file was written."""
+    if not results["rows"]:
+        raise SystemExit("\n".join(["nothing was measured, and no file written:", *failures]))
+
+
+def cause(failure: dict) -> str:
+    """How an engine's process failed: the last line of its log says why, as a rule."""
+    *_, last = failure["log"].strip().splitlines() or ["its log is empty"]
+    return f"{failure['error']}: {last}"
+
+
+def require(*options: tuple[str, float, float]) -> None:
+    """SystemExit where an option's value is below its least: (name, value, least)."""
+    for name, value, least in options:
+        if not value >= least:  # nor is NaN
+            raise SystemExit(f"{name} is {value:g}, expected at least {least:g}")
 
 
 def show_tables(
