@@ -159,7 +159,7 @@ def test_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
 
 @pytest.mark.parametrize("kind", ["--serve", "--tails"])
 def test_run_of_which_nothing_came_ends_with_the_causes_and_leaves_no_file(kind, tmp_path, monkeypatch):
-    log = "Traceback\nRuntimeError: no memory\n"
+    log = "Traceback:\nOSError: gone\nTraceback:\nRuntimeError: no memory:\n  buy more\n"
     failure = {"backend": "ours", "error": "ended with status 1", "log": log}
     monkeypatch.setattr(serve, "measure", lambda job: iter([{"failure": failure}]))
     with pytest.raises(

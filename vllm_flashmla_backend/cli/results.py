@@ -57,9 +57,9 @@ def require_rows(results: dict, failures: Iterable[str]) -> None:
 
 
 def cause(failure: dict) -> str:
-    """How an engine's process failed: the last line of its log says why, as a rule."""
-    *_, last = failure["log"].strip().splitlines() or ["its log is empty"]
-    return f"{failure['error']}: {last}"
+    """How an engine's process failed, and the error that its log ends with."""
+    errors = re.split(r"^(?=[\w.]+(?:Error|Exception)\b)", failure["log"], flags=re.M)
+    return f"{failure['error']}: {errors[-1].strip()}" if len(errors) > 1 else failure["error"]
 
 
 def require(*options: tuple[str, float, float]) -> None:
