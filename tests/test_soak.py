@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.cli import soak as cli_soak
 from vllm_flashmla_backend.serving import Server, serve
 from vllm_flashmla_backend.soak import load, watch
 from vllm_flashmla_backend.soak.asks import Ask, arrivals, make_asks
@@ -173,6 +174,21 @@ def test_figures_of_a_run():
     assert made["first_token_ms"] == {"p50": 500.0, "p99": 500.0}
     assert made["per_token_ms"] == {"p50": 10.0, "p99": 10.0}
     assert (made["most_running"], made["most_waiting"], made["preemptions"]) == (9, 3, 199)
+
+
+def test_equal_errors_are_counted():
+    other = Outcome(RECALL, 0.0, ended="failed", error="OSError: gone")
+    failed = [Outcome(RECALL, 0.0, ended="failed", error="ValueError: half") for _ in range(30)]
+    assert figures([other, *failed], [], 0)["errors"] == {"ValueError: half": 30, "OSError: gone": 1}
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "http://127.0.0.1:9", "http://127.0.0.1:9/a b", "ftp://127.0.0.1"]
+)
+def test_address_where_no_server_answers_is_named_before_the_load(url, monkeypatch):
+    monkeypatch.setattr(cli_soak, "drive", None)
+    with pytest.raises(SystemExit, match=f"--base-url is {url}, where /health does not answer: "):
+        main(["soak", "--base-url", url, "--seconds", "1"])
 
 
 @pytest.mark.parametrize(

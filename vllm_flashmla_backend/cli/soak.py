@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
-from .results import version_of
+from .results import require, version_of
 
 if TYPE_CHECKING:
     from ..serving import Server
@@ -28,30 +30,50 @@ HELP = "serve a model and put it under load: bursts, aborts, all lengths; answer
 
 NAME = "soak"
 SAMPLE_SECONDS, LINE_SECONDS = 1.0, 10.0
+HEALTH_SECONDS = 10.0
 QUIET_SECONDS = 30.0  # for the server to notice that the last client has gone
 CACHE = "64M"  # 28,000 tokens of the recall model: a burst needs many times as much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=RECALL, help="what to serve (default: configs/recall)")
     parser.add_argument(
-        "--base-url", metavar="URL", help="of a server that runs already, e.g. http://host:8000"
+        "--model",
+        type=Path,
+        default=RECALL,
+        metavar="DIR",
+        help="the model to serve (default: configs/recall)",
     )
-    parser.add_argument("--name", default=NAME, help=f"what that server calls its model (default: {NAME})")
-    parser.add_argument("--seconds", type=float, default=300, help="for how long requests are sent (300)")
-    parser.add_argument("--rate", type=float, default=20, help="requests a second, on average (20)")
-    parser.add_argument("--burst", type=int, default=200, help="requests of a burst, besides (200)")
-    parser.add_argument("--burst-every", type=float, default=30, metavar="SECONDS", help="(30)")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of a prompt and its answer (8192)")
-    parser.add_argument("--abort-share", type=float, default=0.1, help="of clients that hang up (0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is asked, and when (0)")
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="ask a server that runs already, e.g. http://host:8000 (default: start one)",
+    )
+    parser.add_argument(
+        "--name", default=NAME, help=f"the name by which the server knows its model (default: {NAME})"
+    )
+    for option, kind, default, what in (
+        ("--seconds", float, 300, "seconds for which requests are sent"),
+        ("--rate", float, 20, "requests a second, on average"),
+        ("--burst", int, 200, "requests sent at once, besides, in each burst"),
+        ("--burst-every", float, 30, "seconds from burst to burst"),
+        ("--max-tokens", int, 8192, "tokens of the longest prompt and its answer together"),
+        ("--abort-share", float, 0.1, "share of the clients that hang up before their answer ends"),
+        ("--seed", int, 0, "decides what is asked, and when"),
+    ):
+        words = f"{what} (default: {default:g})"
+        parser.add_argument(option, type=kind, default=default, metavar="N", help=words)
     parser.add_argument(
         "--scored",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="the model knows the recall task; without, answers are held against their length alone",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there, too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write the figures to this file, too (default: show them alone)",
+    )
     parser.add_argument(
         "options",
         nargs="*",
@@ -72,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     wrong = list(faults(made, args.scored))
     for fault in wrong:
         console.print(fault, style="red", markup=False)
-    for error in made["errors"]:
-        console.print(error, markup=False, soft_wrap=True)
+    for error, times in made["errors"].items():
+        console.print(f"{times:,} × {error}", markup=False, soft_wrap=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(settings(args) | made | {"faults": wrong}, indent=1) + "\n")
@@ -83,15 +105,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """SystemExit where an option is out of range."""
-    for option, value, least in (
+    require(
         ("--seconds", args.seconds, 1),
         ("--rate", args.rate, 0.01),
         ("--burst", args.burst, 0),
         ("--burst-every", args.burst_every, 1),
         ("--max-tokens", args.max_tokens, 16),
-    ):
-        if value < least:
-            raise SystemExit(f"{option} is {value:g}, expected at least {least:g}")
+    )
     if not 0 <= args.abort_share <= 1:
         raise SystemExit(f"--abort-share is {args.abort_share:g}, expected 0 to 1")
     if not args.base_url and not (args.model / "config.json").is_file():
@@ -104,7 +124,9 @@ def server_of(args: argparse.Namespace) -> Iterator[Server]:
     from ..serving import Server, serve
 
     if args.base_url:
-        yield Server(args.base_url.rstrip("/"))
+        server = Server(args.base_url.rstrip("/"))
+        check_health(server)
+        yield server
         return
     options = ["--kv-cache-memory-bytes", CACHE, "--max-model-len", str(args.max_tokens)]
     if device().type == "cpu":
@@ -113,6 +135,17 @@ def server_of(args: argparse.Namespace) -> Iterator[Server]:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
     with serve(args.model, *options, *args.options, name=args.name) as server:
         yield server
+
+
+def check_health(server: Server) -> None:
+    """SystemExit where no server of vLLM answers at the address."""
+    try:
+        urllib.request.urlopen(f"{server.url}/health", timeout=HEALTH_SECONDS).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise SystemExit(
+            f"--base-url is {server.url}, where /health does not answer: {error}; "
+            "expected the address of a running server, e.g. http://host:8000"
+        ) from error
 
 
 async def drive(

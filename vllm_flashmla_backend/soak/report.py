@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import quantiles
 
@@ -11,7 +12,7 @@ from .load import Outcome
 from .watch import Sample, growth
 
 LEAST_RIGHT = 0.99
-MOST_ERRORS = 20  # how many of them are kept
+MOST_ERRORS = 20  # how many different ones are kept, each with how often it came
 
 
 def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running: int | None) -> dict:
@@ -27,6 +28,7 @@ def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running
     first = [(outcome.first - outcome.sent) * 1e3 for outcome in completed]
     # of short answers the first piece may hold all tokens, and there is nothing between
     each = [(o.last - o.first) / (o.tokens - 1) * 1e3 for o in completed if o.tokens > 1]
+    errors = Counter(outcome.error for outcome in outcomes if outcome.error)
     grown = {name: growth([(each.at, getattr(each, name)) for each in samples]) for name in ("host", "gpu")}
     return {
         "requests": len(outcomes),
@@ -45,7 +47,7 @@ def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running
         "most_waiting": max((sample.waiting for sample in samples), default=0),
         "preemptions": samples[-1].preemptions if samples else 0,
         "memory": {name: vars(value) | {"flat": value.flat} for name, value in grown.items() if value},
-        "errors": [outcome.error for outcome in outcomes if outcome.error][:MOST_ERRORS],
+        "errors": dict(errors.most_common(MOST_ERRORS)),
     }
 
 
