@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 
+from vllm_flashmla_backend.cli.demo import FREE_SHARE
 from vllm_flashmla_backend.recall import ANSWER_TOKENS, is_right, make_prompt, make_prompts
 from vllm_flashmla_backend.serving import Server, serve
 
@@ -29,7 +30,7 @@ ANSWER = {"model": "recall", "temperature": 0, "max_tokens": ANSWER_TOKENS}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     # By default vLLM takes nearly all memory, and starts only where it is free.
-    options = ["--kv-cache-memory-bytes", "1G", "--gpu-memory-utilization", "0.05"]
+    options = ["--kv-cache-memory-bytes", "1G", "--gpu-memory-utilization", str(FREE_SHARE)]
     if not torch.cuda.is_available():
         options += ["--enforce-eager"]  # compiling takes a CPU longer than these tests do
     with serve(RECALL, *options, name="recall") as server:

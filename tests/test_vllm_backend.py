@@ -21,7 +21,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
-from vllm_engines import MODEL, ON_GPU  # noqa: E402
+from vllm_engines import ASKED, MODEL, ON_GPU  # noqa: E402
 
 import vllm_flashmla_backend  # noqa: E402
 from vllm_flashmla_backend.attention import compat, impl, metadata  # noqa: E402
@@ -81,17 +81,7 @@ LAYER = dict(  # what vLLM makes a layer of every MLA model with, of what can be
 
 
 def why_not(**changes) -> str | None:
-    configuration = dict(
-        head_size=576,
-        dtype=torch.bfloat16,
-        kv_cache_dtype="auto",
-        block_size=64,
-        use_mla=True,
-        has_sink=False,
-        use_sparse=False,
-        use_mm_prefix=False,
-        device_capability=HOPPER if ON_GPU else None,
-    )
+    configuration = ASKED | dict(device_capability=HOPPER if ON_GPU else None)
     return FlashMLABackend.supports_combination(**configuration | changes)
 
 

@@ -9,27 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 vllm = pytest.importorskip("vllm")
 
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
+from vllm_engines import ASKED  # noqa: E402
 
 from vllm_flashmla_backend.attention.backend import FlashMLABackend  # noqa: E402
 from vllm_flashmla_backend.flash_mla.providers import ReferenceProvider  # noqa: E402
 
-LAYER = dict(
-    head_size=576,
-    dtype=torch.bfloat16,
-    kv_cache_dtype="auto",
-    block_size=64,
-    use_mla=True,
-    has_sink=False,
-    use_sparse=False,
-    use_mm_prefix=False,
-    use_per_head_quant_scales=False,
-    device_capability=DeviceCapability(9, 0),
-    attn_type="decoder",
+LAYER = ASKED | dict(
+    use_per_head_quant_scales=False, device_capability=DeviceCapability(9, 0), attn_type="decoder"
 )
 
 

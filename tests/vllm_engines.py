@@ -13,12 +13,22 @@ import vllm.envs
 from vllm import LLM, RequestOutput, SamplingParams
 
 from vllm_flashmla_backend import recall
+from vllm_flashmla_backend.cli.demo import FREE_SHARE  # so that several engines share a GPU
 
 MODEL = os.environ.get("FLASHMLA_TEST_MODEL", str(Path(__file__).parent.parent / "configs" / "recall"))
 ON_GPU = torch.cuda.is_available()
 PEER = "TRITON_MLA" if ON_GPU else "CPU_MLA"  # vLLM's own MLA backend that FLASHMLA is compared with
 
-FREE_SHARE = 0.05  # of the GPU's memory: vLLM starts where so much is free, so several engines share a GPU
+ASKED = dict(  # what vLLM asks a backend about, of a layer that FLASHMLA serves
+    head_size=576,
+    dtype=torch.bfloat16,
+    kv_cache_dtype="auto",
+    block_size=64,
+    use_mla=True,
+    has_sink=False,
+    use_sparse=False,
+    use_mm_prefix=False,
+)
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

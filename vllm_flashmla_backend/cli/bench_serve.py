@@ -12,7 +12,18 @@ from rich.progress import Progress
 from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from .environment import device
-from .results import cause, describe_run, numbers, require, require_rows, show_tables, unused_path
+from .results import (
+    cause,
+    describe_run,
+    failed,
+    gpu_monitor,
+    numbers,
+    require,
+    require_model,
+    require_rows,
+    show_tables,
+    unused_path,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot:
         return show(args.plot, args.plots)
-    if not (args.model / "config.json").is_file():
-        raise SystemExit(f"--model is {args.model}, which has no config.json")
+    require_model(args.model)
     return show(measure_all(args, chosen_backends(args.backends)), args.plots)
 
 
@@ -115,18 +125,15 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
                     serve.add(results, kind, entry)
                     progress.advance(bar)
                 report.save(results, path)
-    failed = [f"{each['backend']} {cause(each)}" for each in results["failures"]]
+    failures = [f"{each['backend']} {cause(each)}" for each in results["failures"]]
     left_out = [f"{serve.name(each)}: {each['reason']}" for each in results["skipped"]]
-    require_rows(results, failed + left_out)
+    require_rows(results, failures + left_out)
     return path
 
 
 def begin(args: argparse.Namespace) -> tuple[dict, Path]:
     """The results that the run adds to, and their file: an earlier one's where it may join them."""
-    from ..bench.clock import GpuMonitor
-
-    monitor = GpuMonitor(device()) if device().type == "cuda" else None
-    head = describe_run(args, monitor) | {"model": serve.model_shape(args.model, args.layers)}
+    head = describe_run(args, gpu_monitor()) | {"model": serve.model_shape(args.model, args.layers)}
     if path := serve.mergeable(args.out, head):
         return report.read(path, head="model") | {"failures": []}, path
     path = unused_path(args.out, head["gpu"] or "cpu", head["date"], "-serve")
@@ -136,7 +143,7 @@ def begin(args: argparse.Namespace) -> tuple[dict, Path]:
 def tell(backend: str, kind: str, entry: dict) -> str:
     """A line for what an engine reported."""
     if kind == "failure":
-        return f"{backend} failed: {entry['error']}; the end of its log:\n{entry['log'][-1500:]}"
+        return f"{backend} {failed(entry)}"
     if kind == "engine":
         return f"{backend} h={entry['h']}: {entry['class']}, started in {entry['seconds']} s"
     said = f"{entry['ms_per_step']:.3f} ms" if kind == "rows" else f"left out, {entry['reason']}"

@@ -10,8 +10,18 @@ from rich.console import Console
 
 from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
-from .environment import device
-from .results import cause, describe_run, numbers, require, require_rows, show_tables, unused_path
+from .results import (
+    cause,
+    describe_run,
+    failed,
+    gpu_monitor,
+    numbers,
+    require,
+    require_model,
+    require_rows,
+    show_tables,
+    unused_path,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,18 +56,14 @@ def run(args: argparse.Namespace) -> int:
     require(("--layers", args.layers, 1), ("--repeat", args.repeat, 2))
     if args.plot:
         return show(args.plot)
-    if not (args.model / "config.json").is_file():
-        raise SystemExit(f"--model is {args.model}, which has no config.json")
+    require_model(args.model)
     return show(measure_all(args))
 
 
 def measure_all(args: argparse.Namespace) -> Path:
     """Run an engine for each number of heads; the results file, written anew after each row."""
-    from ..bench.clock import GpuMonitor
-
-    monitor = GpuMonitor(device()) if device().type == "cuda" else None
     shape = serve.model_shape(args.model, args.layers)
-    results = describe_run(args, monitor) | {"tails_model": shape, "rows": [], "failures": []}
+    results = describe_run(args, gpu_monitor()) | {"tails_model": shape, "rows": [], "failures": []}
     path = unused_path(args.out, results["gpu"] or "cpu", results["date"], "-tails")
     console = Console(stderr=True)
     for heads in args.heads:
@@ -77,7 +83,7 @@ def measure_all(args: argparse.Namespace) -> Path:
 def tell(heads: int, kind: str, entry: dict) -> str:
     """A line for what an engine reported."""
     if kind == "failure":
-        return f"h={heads} failed: {entry['error']}; the end of its log:\n{entry['log'][-1500:]}"
+        return f"h={heads} {failed(entry)}"
     if kind == "engine":
         return f"h={heads}: started and {entry['seconds']} s later ready"
     where = f"h={heads} {entry['tails']} tails of {entry['length']} beside {entry['decodes']} decodes"

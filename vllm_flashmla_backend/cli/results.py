@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 WIDTH = 220  # columns where the output is no terminal: every table fits whole
 
 
+def gpu_monitor() -> GpuMonitor | None:
+    """Of this machine's GPU; None where there is none."""
+    from ..bench.clock import GpuMonitor
+
+    return GpuMonitor(device()) if device().type == "cuda" else None
+
+
 def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
     """Machine and versions, as they stand at the head of a results file; no monitor without a GPU."""
     import torch
@@ -56,6 +63,11 @@ def require_rows(results: dict, failures: Iterable[str]) -> None:
         raise SystemExit("\n".join(["nothing was measured, and no file written:", *failures]))
 
 
+def failed(failure: dict) -> str:
+    """That an engine's process failed, how, and the end of its log."""
+    return f"failed: {failure['error']}; the end of its log:\n{failure['log'][-1500:]}"
+
+
 def cause(failure: dict) -> str:
     """How an engine's process failed, and the error that its log ends with."""
     errors = re.split(r"^(?=[\w.]+(?:Error|Exception)\b)", failure["log"], flags=re.M)
@@ -67,6 +79,12 @@ def require(*options: tuple[str, float, float]) -> None:
     for name, value, least in options:
         if not value >= least:  # nor is NaN
             raise SystemExit(f"{name} is {value:g}, expected at least {least:g}")
+
+
+def require_model(path: Path) -> None:
+    """SystemExit where `--model` is no directory of a model."""
+    if not (path / "config.json").is_file():
+        raise SystemExit(f"--model is {path}, which has no config.json")
 
 
 def show_tables(

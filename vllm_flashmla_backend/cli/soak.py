@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
-from .results import require, version_of
+from .results import gpu_monitor, require, require_model, version_of
 
 if TYPE_CHECKING:
     from ..serving import Server
@@ -114,8 +114,8 @@ def check(args: argparse.Namespace) -> None:
     )
     if not 0 <= args.abort_share <= 1:
         raise SystemExit(f"--abort-share is {args.abort_share:g}, expected 0 to 1")
-    if not args.base_url and not (args.model / "config.json").is_file():
-        raise SystemExit(f"--model is {args.model}, which has no config.json")
+    if not args.base_url:
+        require_model(args.model)
 
 
 @contextlib.contextmanager
@@ -207,11 +207,8 @@ def line(seconds: float, load: Load, sample: Sample) -> str:
 
 def gpu_memory() -> Callable[[], int | None]:
     """What reads the bytes in use on the GPU; gives None where there is none."""
-    if device().type == "cpu":
-        return lambda: None
-    from ..bench.clock import GpuMonitor
-
-    return GpuMonitor(device()).memory_bytes
+    monitor = gpu_monitor()
+    return monitor.memory_bytes if monitor else lambda: None
 
 
 def wait_until_quiet(server: Server) -> int | None:

@@ -238,10 +238,10 @@ def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tupl
         `num_splits[i + 1] - num_splits[i]` of them, at least one.
     """
     pages = [num_pages(length) for length in cache_seqlens]
-    share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
     if chunk_level > 0:
         layout = _in_chunks(pages, parts, chunk_level)
     else:
+        share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
         layout = _a_split_a_part(pages, parts, most=share) or _on_a_line(pages, parts)
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
