@@ -31,7 +31,13 @@ HEAD = {
 
 def row(backend: str, ms: float, h: int = 16, b: int = 1, context: int = 1024) -> dict:
     shape = {"h": h, "b": b, "context": context}
-    return shape | {"backend": backend, "ms_per_step": ms, "ms_quartiles": [ms, ms], "steps": 32}
+    times = {"ms_per_step": ms, "rounds_ms": [ms, ms], "ms_quartiles": [ms, ms], "steps": 32}
+    return shape | {"backend": backend} | times
+
+
+def older(made: dict) -> dict:
+    """The row as files had it whose rows were the median of all stretches."""
+    return {key: value for key, value in made.items() if key != "rounds_ms"}
 
 
 def results(*rows: dict, **other) -> dict:
@@ -144,6 +150,11 @@ def test_runs_join_where_machine_versions_model_and_commit_are_the_same(tmp_path
     assert serve.mergeable(tmp_path, HEAD | change) == (path if joins else None)
 
 
+def test_rows_join_none_that_were_timed_otherwise(tmp_path):
+    report.save(results(older(row("ours", 1.0))), tmp_path / "nvidia-h200-2000-01-01-serve.json")
+    assert serve.mergeable(tmp_path, HEAD) is None
+
+
 def test_uncommitted_code_joins_not_even_itself(tmp_path):
     head = HEAD | {"commit": "0" * 40 + "-dirty"}
     report.save(results(row("ours", 1.0)) | head, tmp_path / "nvidia-h200-2000-01-01-serve.json")
@@ -181,22 +192,35 @@ def test_file_of_another_kind_is_told_with_the_option_that_suits(tmp_path):
             main(["bench", *asked, "--plot", str(path), "--no-plots"])
 
 
-class SlowRound:
-    """In place of vLLM: steps of 2 ms on a clock of its own, but of 9 ms in the second round."""
+class Rounds:
+    """In place of vLLM: steps that take `ms`, by round, on a clock of its own; some stamps come `late`."""
 
-    def __init__(self, monkeypatch) -> None:
-        self.llm_engine, self.rounds, self.clock, self.running = self, 0, 0.0, []
+    def __init__(self, monkeypatch, *ms: float, late: dict[int, float] | None = None) -> None:
+        self.llm_engine, self.ms, self.late = self, ms, late or {}
+        self.rounds, self.steps, self.clock, self.running, self.said = 0, 0, 0.0, [], []
         monkeypatch.setattr(serve_engine, "add_requests", self.add_requests)
+        monkeypatch.setattr(serve_engine, "say", lambda kind, entry: self.said.append((kind, entry)))
+        monkeypatch.setattr(serve_engine, "time", SimpleNamespace(monotonic=lambda: self.clock))
+
+    def row(self, **of_job) -> tuple[str, dict]:
+        """What a row of so many rounds says."""
+        shape = {"b": 2, "context": 64, "block_size": 64, "num_blocks": 100}
+        serve_engine.measure_row(self, job(rounds=len(self.ms), steps=12, **of_job), shape)
+        assert not self.running
+        (said,) = self.said
+        return said
 
     def add_requests(self, llm, job, batch: int, context: int, number: int) -> list[str]:
         assert not self.running and number == self.rounds
-        self.rounds, self.running = self.rounds + 1, [f"{number}-{i}" for i in range(batch)]
+        self.rounds, self.steps, self.running = self.rounds + 1, 0, [f"{number}-{i}" for i in range(batch)]
         return self.running
 
     def step(self) -> list[SimpleNamespace]:
-        self.clock += 0.009 if self.rounds == 2 else 0.002
+        self.clock += self.ms[self.rounds - 1] / 1e3
+        stamp = self.clock + self.late.get(self.steps, 0) / 1e3
+        self.steps += 1
         output = SimpleNamespace(
-            outputs=[SimpleNamespace(token_ids=[5])], metrics=SimpleNamespace(last_token_ts=self.clock)
+            outputs=[SimpleNamespace(token_ids=[5])], metrics=SimpleNamespace(last_token_ts=stamp)
         )
         return [output] * len(self.running)
 
@@ -208,28 +232,69 @@ class SlowRound:
         return bool(self.running)
 
 
-def test_one_slow_round_does_not_make_a_row(monkeypatch):
-    said = []
-    monkeypatch.setattr(serve_engine, "say", lambda kind, entry: said.append((kind, entry)))
-    llm = SlowRound(monkeypatch)
-    shape = {"b": 2, "context": 64, "block_size": 64, "num_blocks": 100}
-    serve_engine.measure_row(llm, job(rounds=3, steps=12), shape)
-    ((kind, made),) = said
-    assert (kind, made["ms_per_step"], made["ms_quartiles"], made["steps"]) == ("rows", 2.0, [2.0, 9.0], 36)
-    assert llm.rounds == 3 and not llm.running
+def test_fastest_round_makes_a_row_and_all_are_told(monkeypatch):
+    llm = Rounds(monkeypatch, 9.0, 5.0, 2.0, 4.0)
+    kind, made = llm.row()
+    assert (kind, made["ms_per_step"], made["rounds_ms"]) == ("rows", 2.0, [9.0, 5.0, 2.0, 4.0])
+    assert (made["ms_quartiles"], made["steps"]) == ([3.5, 6.0], 48)  # of three stretches from each round
 
 
-def test_rounds_end_with_the_rows_time(monkeypatch):
-    monkeypatch.setattr(serve_engine, "say", lambda kind, entry: said.append((kind, entry)))
-    llm, said, shape = (
-        SlowRound(monkeypatch),
-        [],
-        {"b": 2, "context": 64, "block_size": 64, "num_blocks": 100},
-    )
-    serve_engine.measure_row(llm, job(rounds=3, row_seconds=1e-9), shape)
-    ((kind, made),) = said
-    assert (kind, made["reason"]) == ("skipped", "0 steps in 1e-09 s, expected at least 8")
-    assert llm.rounds == 1 and not llm.running
+@pytest.mark.parametrize("stretch", range(4))
+def test_a_stamp_that_came_late_makes_no_round_fast(stretch, monkeypatch):
+    """It makes the stretch before it long, and the one after it short."""
+    step = serve_engine.WARM_STEPS + serve_engine.STRETCH * stretch
+    _, made = Rounds(monkeypatch, 2.0, 2.0, late={step: 1.5}).row()
+    assert (made["ms_per_step"], made["rounds_ms"]) == (2.0, [2.0, 2.0])
+
+
+@pytest.mark.parametrize("ms, rounds_ms", [(14, [2.0, 1.0]), (10, [2.0]), (0, [2.0])])
+def test_round_that_the_rows_time_cuts_off_counts_from_two_stretches_on(ms, rounds_ms, monkeypatch):
+    """The first round takes 34 ms; the second has `ms`, for steps of 1 ms: 5 before its first stretch."""
+    llm = Rounds(monkeypatch, 2.0, 1.0, 0.5)
+    kind, made = llm.row(row_seconds=(34 + ms - 0.5) / 1e3)
+    assert (kind, made["rounds_ms"], made["ms_per_step"]) == ("rows", rounds_ms, rounds_ms[-1])
+    assert made["steps"] == 12 + 8 * (len(rounds_ms) - 1)
+    assert made["ms_quartiles"][0] == (2.0 if len(rounds_ms) == 1 else 1.0)
+    assert llm.rounds == (2 if ms else 1)
+
+
+def test_one_round_of_two_stretches_is_a_row(monkeypatch):
+    llm = Rounds(monkeypatch, 2.0, 1.0)
+    kind, made = llm.row(row_seconds=0.0255)
+    assert (kind, made["rounds_ms"], made["steps"], llm.rounds) == ("rows", [2.0], 8, 1)
+
+
+@pytest.mark.parametrize("seconds, steps", [(0.0005, 0), (0.0235, 4)])
+def test_row_without_such_a_round_is_left_out(seconds, steps, monkeypatch):
+    llm = Rounds(monkeypatch, 2.0, 1.0)
+    kind, made = llm.row(row_seconds=seconds)
+    assert (kind, made["reason"]) == ("skipped", f"{steps} steps in {seconds:g} s, expected at least 8")
+    assert llm.rounds == 1 and "ms_per_step" not in made
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [(dict, "the fastest of its rounds' medians"), (older, "the median of all its stretches")],
+)
+def test_table_and_picture_say_what_a_time_is(kind, words):
+    made = results(kind(row("ours", 2.0)), kind(row("FLASHMLA", 3.0)))
+    console = Console(width=120)
+    with console.capture() as said:
+        console.print(serve_report.summary(made))
+    assert words in " ".join(said.get().split()) and "1.500" in said.get()
+    assert words in serve_plot.step_bars(made).get_suptitle()
+
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*-serve*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_are_shown_and_drawn(path, tmp_path, capsys):
+    copied = tmp_path / path.name
+    copied.write_bytes(path.read_bytes())
+    assert main(["bench", "--serve", "--plot", str(copied)]) == 0
+    assert re.search(r"at or ahead of the best peer in \d+ of \d\d rows", capsys.readouterr().out)
+    assert copied.with_suffix(".png").exists()
 
 
 def test_process_that_reports_nothing_is_ended():
@@ -303,6 +368,7 @@ def test_vllm_is_timed_with_the_plugin_and_without(tmp_path, capfd):
         (3, 300, peer),
     ]
     assert all(0 < r["ms_per_step"] < 1000 and r["steps"] == 16 for r in made["rows"])
+    assert all(len(r["rounds_ms"]) == 2 and min(r["rounds_ms"]) == r["ms_per_step"] for r in made["rows"])
     for each in made["rows"]:
         assert each["class"].startswith("vllm_flashmla_backend.") == (each["backend"] == "ours")
     assert "of 2 rows" in capfd.readouterr().out

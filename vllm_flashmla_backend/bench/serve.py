@@ -55,9 +55,9 @@ class Job:
     model : directory with a config.json; no weights are read.
     layers : how many the model gets, all of them with a dense MLP.
     heads, batches, contexts : an engine for each number of heads, in it a row for each batch and context.
-    rounds : how often a row's requests are added anew, so that one placement does not make a row.
+    rounds : how often a row's requests are added anew; the fastest round makes the row.
     steps : decode steps that are timed in a round.
-    row_seconds : a row's steps, of all rounds, end after so long, however many they were by then.
+    row_seconds : a row's steps, of all rounds together, end after so long, however many they were.
     """
 
     engine: ClassVar[str] = "serve_engine"  # what runs in the process
@@ -150,10 +150,16 @@ def add(results: dict, name: str, entry: dict) -> None:
     results[name].sort(key=lambda row: key(row)[:3])
 
 
+def fastest_rounds(results: dict) -> bool:
+    """Whether the rows have their fastest round's time; in older files it is the median of all stretches."""
+    return all("rounds_ms" in row for row in results["rows"])
+
+
 def mergeable(directory: Path, head: dict) -> Path | None:
     """The newest file in `directory` that this run's rows may join: same machine, versions, model, commit.
 
     Code that is not all committed has no name, so such runs, and those of an unknown commit, join none.
+    None joins rows that were timed otherwise, whatever `--commit` says.
     """
     if not head["commit"] or head["commit"].endswith("-dirty"):
         return None
@@ -162,6 +168,6 @@ def mergeable(directory: Path, head: dict) -> Path | None:
             results = read(path, head="model")
         except ValueError:  # a run of which nothing came
             continue
-        if all(results.get(name) == head[name] for name in SAME):
+        if fastest_rounds(results) and all(results.get(name) == head[name] for name in SAME):
             return path
     return None

@@ -6,7 +6,9 @@ paused while the requests are added, so that they all run in lockstep from their
 is the difference of the engine's own time stamps of two steps, both of which gave a token to every
 request; neither the front end nor the start of the batch is in it. A row is timed in several rounds, for
 each of which its requests are added anew: a short step waits for the host, and how requests and pages then
-happen to lie would else decide a whole row.
+happen to lie, and the host happens to schedule, would else decide a whole row. That only ever adds time,
+so the fastest round makes the row. Within a round the median counts, for there a single stretch can be
+too short: one that begins at a stamp which the host set late.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from .report import OURS
@@ -26,9 +28,11 @@ from .serve import Job
 if TYPE_CHECKING:
     from vllm import LLM
 
-WARM_STEPS = 8
+WARM_STEPS = 4  # of each round
 STRETCH = 4
 """Steps that are timed together: with asynchronous scheduling short and long ones may take turns."""
+
+LEAST_STRETCHES = 2  # of a round that counts; one that the row's time cut off may have fewer
 
 PAGE_TOKENS = 64  # room that is kept past a row's last token
 CPU_CACHE_BYTES = 64 << 20
@@ -129,13 +133,26 @@ def measure_row(llm: LLM, job: Job, row: dict) -> None:
     if blocks >= available:  # one block is vLLM's own
         reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
         return say("skipped", row | {"reason": reason})
-    times = [ms for stamps in rounds(llm, job, row["b"], row["context"]) for ms in stretches(stamps)]
-    steps = STRETCH * len(times)
-    if len(times) < 2:
-        reason = f"{steps} steps in {job.row_seconds:g} s, expected at least {2 * STRETCH}"
+    timed = [stretches(stamps) for stamps in rounds(llm, job, row["b"], row["context"])]
+    counted = [times for times in timed if len(times) >= LEAST_STRETCHES]
+    if not counted:  # the row's time cut off the first round, so there is no other
+        steps, least = STRETCH * len(timed[0]), STRETCH * LEAST_STRETCHES
+        reason = f"{steps} steps in {job.row_seconds:g} s, expected at least {least}"
         return say("skipped", row | {"reason": reason})
-    low, middle, high = (round(ms, 4) for ms in quantiles(times, n=4, method="inclusive"))
-    say("rows", row | {"ms_per_step": middle, "ms_quartiles": [low, high], "steps": steps})
+    say("rows", row | row_times(counted))
+
+
+def row_times(timed: list[list[float]]) -> dict:
+    """What a row says of the times of its rounds' stretches."""
+    medians = [round(median(times), 4) for times in timed]
+    times = [ms for each in timed for ms in each]
+    low, _, high = (round(ms, 4) for ms in quantiles(times, n=4, method="inclusive"))
+    return {
+        "ms_per_step": min(medians),
+        "rounds_ms": medians,
+        "ms_quartiles": [low, high],
+        "steps": STRETCH * len(times),
+    }
 
 
 def stretches(stamps: list[float]) -> list[float]:

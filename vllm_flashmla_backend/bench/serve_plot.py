@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from .plots import GOAL, MISSED
 from .report import OURS
-from .serve_report import MUST, StepComparison, backends_of, compare
+from .serve_report import MUST, StepComparison, backends_of, compare, timing
 
 PEER_COLOURS = ("#1d4e89", "#e07a00", "#7d8597", "#7b2d8b")
 TALLEST = 2.0  # where a bar is cut off: one that is many times slower would flatten the others
@@ -35,7 +35,8 @@ def step_bars(results: dict) -> Figure:
         axes.set_ylabel(f"{h} heads: time ÷ ours")
     layers = results["model"]["layers"]
     figure.suptitle(
-        f"decode step of vLLM, {layers} layers: {results.get('gpu')}, {results.get('date', '')}\n"
+        f"decode step of vLLM, {layers} layers, the {timing(results)}: "
+        f"{results.get('gpu')}, {results.get('date', '')}\n"
         "above 1: ours is faster; below each group ours in ms, and best peer ÷ ours; * attention-bound"
     )
     figure.legend(

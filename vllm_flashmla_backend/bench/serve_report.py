@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .fitting import Fitting, dense
 from .report import BEST, OURS, geometric_mean
+from .serve import fastest_rounds
 
 MUST, GOAL = 1.00, 1.15
 """Best peer's time ÷ ours: in every row, and in the geometric mean of the attention-bound rows."""
@@ -82,6 +83,11 @@ def backends_of(results: dict) -> list[str]:
     return sorted(found, key=lambda backend: backend != OURS)
 
 
+def timing(results: dict) -> str:
+    """What the time of a row is."""
+    return "fastest of its rounds' medians" if fastest_rounds(results) else "median of all its stretches"
+
+
 def _tables(results: dict, comparisons: list[StepComparison]) -> Iterator[Table]:
     """The table of all rows, and for narrower terminals ones without edges, and with the best peer alone."""
     for backends in (backends_of(results), [OURS, BEST]):
@@ -92,7 +98,10 @@ def _tables(results: dict, comparisons: list[StepComparison]) -> Iterator[Table]
 
 def _table(results: dict, comparisons: list[StepComparison], backends: list[str]) -> Table:
     layers = results["model"]["layers"]
-    table = Table(title=f"ms a decode step of {layers} layers; best peer ÷ ours; * attention-bound")
+    table = Table(
+        title=f"ms a decode step of {layers} layers, the {timing(results)}\n"
+        "ratio: best peer ÷ ours; * attention-bound"
+    )
     for heading in ("h", "b", "context", *backends, "ratio", f"at least {MUST:.2f}"):
         table.add_column(heading, justify="right")
     for index, comparison in enumerate(comparisons):
