@@ -96,6 +96,66 @@ def test_summary_names_means_rows_left_out_and_failures(tmp_path, capsys):
     assert "FLASH_ATTN_MLA failed: ended with status 1" in said
 
 
+ALL = ("ours", "FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA")
+
+
+def with_rows_left_out() -> dict:
+    """32k fits under no backend; at 8k one takes too long, and ours is ahead; at 1k ours is behind."""
+    times = {1024: (2.0, 1.0, 3.0, 4.0), 8192: (2.0, 4.0, 3.0, 8.0)}
+    rows = [
+        row(backend, ms, 128, 128, context)
+        for context, of_backends in times.items()
+        for backend, ms in zip(ALL, of_backends, strict=True)
+        if (context, backend) != (8192, "TRITON_MLA")
+    ]
+    too_large = [left_out(backend, 128, 128, 32768, "needs 65,792 blocks") for backend in ALL]
+    return results(*rows, skipped=[*too_large, left_out("TRITON_MLA", 128, 128, 8192, "4 steps in 5 s")])
+
+
+def left_out(backend: str, h: int, b: int, context: int, reason: str) -> dict:
+    return {"h": h, "b": b, "context": context, "backend": backend, "reason": reason}
+
+
+@pytest.mark.parametrize("width, cells", [(220, 4), (70, 2)])
+def test_row_left_out_is_shown_as_such_and_counted_nowhere(width, cells):
+    console = Console(width=width)
+    with console.capture() as said:
+        console.print(serve_report.summary(with_rows_left_out()))
+    lines = said.get().replace("│", " ").splitlines()
+    (largest,) = (line.split() for line in lines if " 32,768 " in line)
+    assert largest == ["128", "128", "32,768", *["left", "out"] * cells, "–", "–"]
+    (middle,) = (line for line in lines if " 8,192* " in line)
+    assert middle.count("left out") == cells // 4  # not its best peer's, which the narrow table has
+    assert "at or ahead of the best peer in 1 of 2 rows" in said.get()
+    assert "geometric mean over 1 attention-bound rows: 1.500" in said.get()
+    assert "geometric mean over 2 all rows: 0.866" in said.get()  # of 1.5 and 0.5
+    assert said.get().count("left out at") == 5
+
+
+def test_picture_shows_rows_left_out_and_judges_none():
+    figure = serve_plot.step_bars(with_rows_left_out())
+    (axes,) = figure.axes
+    assert len(axes.patches) == 5
+    assert [text.get_text() for text in axes.texts].count("left out") == 4
+    names = {tick.get_text().split("\n")[0]: tick for tick in axes.get_xticklabels()}
+    assert names["128 × 32k"].get_text() == "128 × 32k\nleft out"
+    colours = [names[f"128 × {context}"].get_color() for context in ("1k", "8k", "32k")]
+    assert colours == [serve_plot.MISSED, serve_plot.GOAL, serve_plot.NOT_COMPARED]
+
+
+def test_rows_left_out_are_no_failure(tmp_path):
+    report.save(with_rows_left_out(), tmp_path / "r.json")
+    assert main(["bench", "--serve", "--plot", str(tmp_path / "r.json"), "--no-plots"]) == 0
+
+
+def test_attention_bound_is_told_by_the_shortest_context_that_a_peer_was_measured_at():
+    made = [row("FLASHMLA", 1.0, context=8192), row("FLASHMLA", 2.0, context=32768), row("ours", 1.0)]
+    made += [row("ours", 1.0, context=32768)]
+    skipped = [left_out("FLASHMLA", 16, 1, 1024, "0 steps"), left_out("ours", 16, 1, 512, "0 steps")]
+    bound = {c.context: c.attention_bound for c in serve_report.compare(results(*made, skipped=skipped))}
+    assert bound == {512: False, 1024: False, 8192: False, 32768: True}
+
+
 @pytest.mark.parametrize("width, peers", [(120, 3), (80, 3), (70, 1)])
 def test_narrow_terminal_shows_every_time_whole_or_the_best_peers_alone(width, peers):
     times = {"ours": 20.125, "FLASHMLA": 40.25, "FLASH_ATTN_MLA": 30.375, "TRITON_MLA": 130.5}

@@ -10,9 +10,10 @@ from matplotlib.patches import Patch
 
 from .plots import GOAL, MISSED
 from .report import OURS
-from .serve_report import MUST, StepComparison, backends_of, compare, timing
+from .serve_report import LEFT_OUT, MUST, StepComparison, backends_of, compare, timing
 
 PEER_COLOURS = ("#1d4e89", "#e07a00", "#7d8597", "#7b2d8b")
+NOT_COMPARED = "#777777"
 TALLEST = 2.0  # where a bar is cut off: one that is many times slower would flatten the others
 
 
@@ -52,12 +53,14 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
     width = 0.8 / max(len(peers), 1)
     for index, peer in enumerate(peers):
         for x, comparison in enumerate(comparisons):
+            place = x + (index - (len(peers) - 1) / 2) * width
+            words = {"ha": "center", "fontsize": 7.5, "rotation": 90, "zorder": 4}
+            if peer in comparison.left_out:
+                axes.text(place, 0.03, LEFT_OUT, va="bottom", color=NOT_COMPARED, **words)
             if not (comparison.ours and (row := comparison.rows.get(peer))):
                 continue
             ratio = row["ms_per_step"] / comparison.ours["ms_per_step"]
-            place = x + (index - (len(peers) - 1) / 2) * width
             axes.bar(place, min(ratio, TALLEST), width * 0.94, color=PEER_COLOURS[index], zorder=2)
-            words = {"ha": "center", "fontsize": 7.5, "rotation": 90, "zorder": 4}
             if ratio > 0.9 * TALLEST:  # no room above the bar
                 top = min(ratio, TALLEST) - 0.03
                 axes.text(place, top, f"{ratio:.2f}", va="top", color="white", **words)
@@ -66,16 +69,24 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
     axes.axhline(1, color="black", linewidth=1.2, zorder=3)
     axes.set_xticks(range(len(comparisons)), [_name_steps(each) for each in comparisons], fontsize=8)
     for tick, comparison in zip(axes.get_xticklabels(), comparisons, strict=True):
-        tick.set_color(GOAL if (comparison.ratio or 0) >= MUST else MISSED)
+        tick.set_color(_colour(comparison))
     axes.set(ylim=(0, TALLEST * 1.02), xlim=(-0.6, len(comparisons) - 0.4))
     axes.grid(True, axis="y", color="#e8e8e8")
     axes.set_axisbelow(True)
+
+
+def _colour(comparison: StepComparison) -> str:
+    """Of a group's name: whether ours is fast enough there, if that is known."""
+    if comparison.ratio is None:
+        return NOT_COMPARED
+    return GOAL if comparison.ratio >= MUST else MISSED
 
 
 def _name_steps(comparison: StepComparison) -> str:
     """Batch and context; ours in ms; the ratio to the best peer, starred where attention-bound."""
     context = comparison.context
     shape = f"{comparison.b} × {context // 1024}k" if context % 1024 == 0 else f"{comparison.b} × {context}"
-    ours = f"{comparison.ours['ms_per_step']:.2f} ms" if comparison.ours else "not measured"
+    lacking = LEFT_OUT if OURS in comparison.left_out else "not measured"
+    ours = f"{comparison.ours['ms_per_step']:.2f} ms" if comparison.ours else lacking
     star = "*" if comparison.attention_bound else ""
     return f"{shape}\n{ours}\n{comparison.ratio:.2f}{star}" if comparison.ratio else f"{shape}\n{ours}"

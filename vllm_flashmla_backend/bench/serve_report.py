@@ -18,18 +18,21 @@ MUST, GOAL = 1.00, 1.15
 
 ATTENTION_BOUND = 2.0
 """A row is attention-bound where the best peer's step takes so many times as long as at the shortest
-context measured with the same heads and batch: the rest of the step is the same in both."""
+context at which a peer was measured with the same heads and batch: the rest of the step is the same."""
+
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True)
 class StepComparison:
-    """Decode steps of one shape: ours, and the fastest of vLLM's own backends; either may be lacking."""
+    """Decode steps of one shape: ours, and the fastest of vLLM's own backends; any may be lacking."""
 
     h: int
     b: int
     context: int
     rows: dict[str, dict]  # by backend
-    shortest: dict[str, dict]  # the rows of the shortest context
+    shortest: dict[str, dict]  # the rows of the shortest context that a peer was measured at
+    left_out: frozenset[str]  # backends that the shape does not fit, or that took too long
 
     def __str__(self) -> str:
         return f"h={self.h} b={self.b} context={self.context}"
@@ -60,15 +63,26 @@ def _best(rows: dict[str, dict]) -> dict | None:
 
 
 def compare(results: dict) -> list[StepComparison]:
-    """The shapes of a results file, by heads, batch and context."""
+    """The shapes of a results file, by heads, batch and context; those left out for all backends, too."""
+    rows, left_out = _by_shape(results["rows"]), _by_shape(results["skipped"])
+    shortest = {}
+    for shape in sorted(rows):
+        if _best(rows[shape]):
+            shortest.setdefault(shape[:2], rows[shape])
+    return [
+        StepComparison(
+            *shape, rows.get(shape, {}), shortest.get(shape[:2], {}), frozenset(left_out.get(shape, ()))
+        )
+        for shape in sorted(rows.keys() | left_out.keys())
+    ]
+
+
+def _by_shape(rows: list[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
+    """The rows of each shape, by backend."""
     shapes: dict[tuple[int, int, int], dict[str, dict]] = {}
-    for row in results["rows"]:
+    for row in rows:
         shapes.setdefault((row["h"], row["b"], row["context"]), {})[row["backend"]] = row
-    comparisons = []
-    for h, b, context in sorted(shapes):
-        shortest = min(shape for shape in shapes if shape[:2] == (h, b))
-        comparisons.append(StepComparison(h, b, context, shapes[h, b, context], shapes[shortest]))
-    return comparisons
+    return shapes
 
 
 def summary(results: dict) -> Group:
@@ -116,7 +130,8 @@ def _table(results: dict, comparisons: list[StepComparison], backends: list[str]
 def _time(comparison: StepComparison, backend: str) -> Text:
     row = comparison.best if backend == BEST else comparison.rows.get(backend)
     if row is None:
-        return Text("–")
+        left_out = comparison.left_out - {OURS} if backend == BEST else comparison.left_out & {backend}
+        return Text(LEFT_OUT, style="yellow") if left_out else Text("–")
     name = f"{row['backend']} " if backend == BEST else ""
     return Text(f"{name}{row['ms_per_step']:.3f}", style="bold" if row is comparison.best else "")
 

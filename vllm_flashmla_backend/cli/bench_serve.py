@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and show; 0 if every row of ours was measured or does not fit, whatever its speed."""
+    """Measure and show; 0 if every row of ours was measured or left out, whatever its speed."""
     require(
         ("--layers", args.layers, 1),
         ("--rounds", args.rounds, 1),
@@ -151,7 +151,7 @@ def tell(backend: str, kind: str, entry: dict) -> str:
 
 
 def show(path: Path, with_plots: bool) -> int:
-    """Print a results file's table and draw its picture; 0 unless a row of ours is lacking."""
+    """Print a results file's table and draw its picture; 0 unless our process failed."""
     results, console = show_tables(path, partial(report.read, head="model"), serve_report.summary)
     if with_plots:
         from ..bench.serve_plot import draw
