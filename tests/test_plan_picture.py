@@ -78,6 +78,11 @@ def test_command_draws_in_the_terminal_and_as_png(tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_as_many_parts_as_are_allowed_are_planned(capsys):
+    assert main(["plan", "--lens", "100,30000", "--parts", f"{plan.MOST_PARTS}"]) == 0
+    assert "of 65,536 parts busy" in capsys.readouterr().out
+
+
 def test_parts_follow_the_heads(monkeypatch, capsys):
     """128 heads are two tiles of 64 rows: half as many parts as SMs."""
     monkeypatch.setattr(plan, "num_sms", lambda: 132)
@@ -112,7 +117,11 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, leve
         (["--lens", "5", "--out", "/tmp"], "--out is /tmp, expected a name that ends in .png"),
         (["--lens", "5", "--out", "/tmp/x.foo"], "--out is /tmp/x.foo: Format 'foo' is not supported"),
         (["--lens", "5", "--heads", "0"], "--heads is 0"),
-        (["--lens", "5", "--parts", "-1"], "--parts is -1"),
+        (["--lens", "5", "--query-len", "0"], "--query-len is 0, expected at least 1"),
+        (["--lens", "5", "--parts", "-1"], "--parts is -1, expected 1 to 65,536"),
+        (["--lens", "5", "--parts", "0"], "--parts is 0, expected 1 to 65,536"),
+        (["--lens", "5", "--parts", "65537"], "--parts is 65537, expected 1 to 65,536"),
+        (["--lens", "5", "--parts", "100000000000"], "--parts is 100000000000, expected 1 to 65,536"),
     ],
 )
 def test_wrong_options_are_named(options, message):

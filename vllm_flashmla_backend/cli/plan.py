@@ -20,6 +20,7 @@ HELP = "draw which part of the GPU works on which pages of which sequence, in th
 
 HOPPER_SMS = 132
 LONGEST = 2**31 - 1  # lengths are int32
+MOST_PARTS = 65_536  # hundreds of times what a GPU runs at once
 BAR_WIDTH = 60  # columns of the longest part's bar
 SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts",
         type=int,
         metavar="N",
-        help="parts to plan for (default: as many as this GPU runs at once, "
+        help=f"parts to plan for, up to {MOST_PARTS:,} (default: as many as this GPU runs at once, "
         f"or one of {HOPPER_SMS} SMs where there is none)",
     )
     parser.add_argument(
@@ -48,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from ..flash_mla import chunks, schedule
 
     lengths = parse_lengths(args.lens)
-    for option, value in (("--heads", args.heads), ("--query-len", args.query_len), ("--parts", args.parts)):
-        if value is not None and value < 1:
+    for option, value in (("--heads", args.heads), ("--query-len", args.query_len)):
+        if value < 1:
             raise SystemExit(f"{option} is {value}, expected at least 1")
+    if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
+        raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     num_parts = args.parts or schedule.num_parts(num_sms(), args.heads * args.query_len, 1)
     level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
     metadata, _ = schedule.plan(lengths, num_parts, level)
