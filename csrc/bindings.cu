@@ -117,8 +117,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits,
-          int64_t chunk_level) {
+void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits, int64_t chunk_level,
+          bool few_rows) {
     const int64_t batch = seq_lens.numel();
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
@@ -132,7 +132,8 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
                             .num_splits = data<int>(num_splits),
                             .batch = static_cast<int>(batch),
                             .num_parts = static_cast<int>(tile_scheduler_metadata.size(0)),
-                            .chunk_level = static_cast<int>(chunk_level)};
+                            .chunk_level = static_cast<int>(chunk_level),
+                            .few_rows = few_rows};
     if (chunk_level > 0) {
         launch_plan_chunks(params, current_stream(seq_lens));
     } else {
@@ -152,7 +153,7 @@ struct RowTiling {
     RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
           heads_per_tile(std::min(heads_per_group, kTileRows)),
-          tokens_per_tile(kTileRows / heads_per_tile),
+          tokens_per_tile(static_cast<int>(std::min<int64_t>(kTileRows / heads_per_tile, max_query_len))),
           tiles_per_token(static_cast<int>(ceil_div(heads_per_group, heads_per_tile))),
           num_row_tiles(tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads),
           // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an

@@ -18,6 +18,8 @@ constexpr int kBoxTokens = 32;     // of a page, fetched at a time
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;  // of a split, in pages: START_COST of schedule.py
+constexpr int kFewRows = 32;        // query rows that share a KV head: FEW_ROWS there
+constexpr unsigned kFewPages = 8;   // FEW_PAGES there
 
 enum class DType { kBFloat16, kHalf };
 
@@ -41,6 +43,7 @@ struct PlanParams {
     int batch;
     int num_parts;
     int chunk_level;  // 0: cut anywhere
+    bool few_rows;
 };
 
 // Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.

@@ -11,7 +11,9 @@ CASES = [
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
-    Case((128,) * 66, h_q=16),  # two splits each, whose blocks exchange halves
+    Case((128,) * 66, h_q=64),  # two splits each, whose blocks exchange halves
+    Case((4000,), h_q=32),
+    Case((10,) * 300, h_q=16),  # one query right behind the other
     Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for
 ]
 BATCH_INVARIANT = [

@@ -30,7 +30,7 @@ from vllm_flashmla_backend.flash_mla import (
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
+from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, is_few
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -163,11 +163,12 @@ def test_different_query_lengths_with_several_kv_heads(device):
 @pytest.mark.parametrize("h_q", [5, 16, 128])
 @pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 16, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
-    """Two, few and many splits are merged in different ways; a split a page, the last page not full."""
+    """Two, few and many splits are merged in different ways; the last page is not full."""
     parts = num_parts(device, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")
-    case = Case((splits * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
+    pages = splits * (FEW_PAGES if is_few(h_q) else 1)
+    case = Case((pages * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
     inputs = make_inputs(case, device)
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
     assert num_splits.diff().tolist() == [splits] * len(case.lengths)
@@ -247,7 +248,14 @@ def test_replayed_graph_follows_new_lengths(plan_in_graph):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",
-    [Case((3000,) * 8), Case((5000,) * 130), Case((20_000,), h_q=128), Case((500,) * 30, h_q=128)],
+    [
+        Case((3000,) * 8),
+        Case((5000,) * 130),
+        Case((10,) * 3000),  # one query right behind the other
+        Case(tuple(1 + i * 7919 % 9000 for i in range(300)), h_q=32),
+        Case((20_000,), h_q=128),
+        Case((500,) * 30, h_q=128),
+    ],
     ids=str,
 )
 def test_repeated_calls_are_equal_bit_for_bit(case):

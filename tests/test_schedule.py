@@ -15,6 +15,7 @@ from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
+    FEW_PAGES,
     METADATA_WIDTH,
     PAGE_SIZE,
     START_COST,
@@ -61,9 +62,9 @@ def least_split_length(lengths: list[int], parts: int) -> float:
     return low
 
 
-@given(LENGTHS, PARTS)
-def test_every_page_is_planned_once_and_in_order(lengths, parts):
-    metadata, _ = plan(lengths, parts)
+@given(LENGTHS, PARTS, st.booleans())
+def test_every_page_is_planned_once_and_in_order(lengths, parts, few_rows):
+    metadata, _ = plan(lengths, parts, 0, few_rows)
     pages_of = {seq: [] for seq in range(len(lengths))}
     for split in splits_of(metadata, lengths):
         assert split.split == len(pages_of[split.seq]), "a sequence's splits are numbered in page order"
@@ -95,9 +96,9 @@ def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
         assert all(shares(lengths, parts)), "no part is idle"
 
 
-@given(LENGTHS, PARTS)
-def test_num_splits_counts_the_splits(lengths, parts):
-    metadata, num_splits = plan(lengths, parts)
+@given(LENGTHS, PARTS, st.booleans())
+def test_num_splits_counts_the_splits(lengths, parts, few_rows):
+    metadata, num_splits = plan(lengths, parts, 0, few_rows)
     counts = [0] * len(lengths)
     for split in splits_of(metadata, lengths):
         counts[split.seq] += 1
@@ -106,9 +107,9 @@ def test_num_splits_counts_the_splits(lengths, parts):
     assert metadata.dtype == num_splits.dtype == torch.int32
 
 
-@given(LENGTHS, PARTS)
-def test_idle_parts_are_marked_and_come_last(lengths, parts):
-    metadata, _ = plan(lengths, parts)
+@given(LENGTHS, PARTS, st.booleans())
+def test_idle_parts_are_marked_and_come_last(lengths, parts, few_rows):
+    metadata, _ = plan(lengths, parts, 0, few_rows)
     busy = {split.part for split in splits_of(metadata, lengths)}
     assert busy == set(range(len(busy)))
     idle = [0] * METADATA_WIDTH
@@ -116,13 +117,44 @@ def test_idle_parts_are_marked_and_come_last(lengths, parts):
     assert all(row == idle for row in metadata[len(busy) :].tolist())
 
 
-@given(LENGTHS, PARTS)
-def test_every_partial_result_has_a_slot_of_its_own(lengths, parts):
-    partial = [split for split in splits_of(plan(lengths, parts)[0], lengths) if split.splits > 1]
+@given(LENGTHS, PARTS, st.booleans())
+def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
+    metadata, _ = plan(lengths, parts, 0, few_rows)
+    partial = [split for split in splits_of(metadata, lengths) if split.splits > 1]
     assert len({split.slot for split in partial}) == len(partial)
     assert all(0 <= split.slot < partial_slots(len(lengths), parts, 0, 0) for split in partial)
     for one, next_one in pairwise(partial):
         assert one.seq != next_one.seq or one.slot + 1 == next_one.slot, "consecutive along a sequence"
+
+
+@given(LENGTHS, PARTS)
+def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_splits_of_up_to_eight_pages(
+    lengths, parts
+):
+    least = min(FEW_PAGES, ceil_div(sum(taken(lengths)), max(1, parts // 2)))
+    many, few = plan(lengths, parts), plan(lengths, parts, 0, few_rows=True)
+    if least_split_length(lengths, parts) >= least:
+        assert all(map(torch.equal, many, few))
+        return
+    for split in splits_of(few[0], lengths):
+        assert split.page_end - split.page_begin <= max(
+            least, START_COST + least_split_length(lengths, parts)
+        )
+    most_splits = [ceil_div(n, least) for n in taken(lengths)]
+    assert all(n <= most for n, most in zip(few[1].diff().tolist(), most_splits, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lengths, splits",
+    [
+        ([8192], [64]),  # two pages a part
+        ([512] * 64, [1] * 64),
+        ([1024] * 32, [2] * 32),
+        ([8192] * 16, [8] * 16),  # as with many rows
+    ],
+)
+def test_with_few_rows_half_of_the_parts_share_few_pages(lengths, splits):
+    assert plan(lengths, 132, 0, few_rows=True)[1].diff().tolist() == splits
 
 
 @pytest.mark.parametrize(
@@ -227,13 +259,17 @@ def test_a_plan_with_a_wrong_word_is_refused_on_the_cpu(column):
         check_values(*tensors, metadata, num_splits)
 
 
-def assert_kernel_plans_the_same(lengths: list[int], parts: int, chunk_level: int = 0) -> None:
+def assert_kernel_plans_the_same(lengths: list[int], parts: int, *mode: int | bool) -> None:
+    """`mode`: chunk_level and few_rows."""
     metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
     num_splits = torch.full((len(lengths) + 1,), -7, dtype=torch.int32, device="cuda")
-    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, chunk_level)
-    want = plan(lengths, parts, chunk_level)
-    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, chunk_level)
-    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, chunk_level)
+    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, *mode)
+    want = plan(lengths, parts, *mode)
+    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, mode)
+    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, mode)
+
+
+MODES = [(0, False), (0, True), (1, False), (2, False)]
 
 
 @pytest.mark.gpu
@@ -243,27 +279,27 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
     generator = torch.Generator().manual_seed(batch * parts)
     for longest in (1, 65, 300, 8192, 10**6):
         lengths = torch.randint(0, longest + 1, (batch,), generator=generator).tolist()
-        for chunk_level in (0, 1, 2):
-            assert_kernel_plans_the_same(lengths, parts, chunk_level)
-            assert_kernel_plans_the_same([longest] * batch, parts, chunk_level)
-            assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts, chunk_level)
+        for mode in MODES:
+            assert_kernel_plans_the_same(lengths, parts, *mode)
+            assert_kernel_plans_the_same([longest] * batch, parts, *mode)
+            assert_kernel_plans_the_same([*lengths[:-1], 50 * longest], parts, *mode)
 
 
 @pytest.mark.gpu
 @settings(deadline=None, max_examples=300)
-@given(LENGTHS, PARTS, st.sampled_from([0, 1, 2]))
-def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, chunk_level):
-    assert_kernel_plans_the_same(lengths, parts, chunk_level)
+@given(LENGTHS, PARTS, st.sampled_from(MODES))
+def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, mode):
+    assert_kernel_plans_the_same(lengths, parts, *mode)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chunk_level", [0, 1])
-def test_planner_kernel_stays_within_its_buffers_whatever_the_lengths(chunk_level):
+@pytest.mark.parametrize("mode", MODES)
+def test_planner_kernel_stays_within_its_buffers_whatever_the_lengths(mode):
     """Pages beyond what it can count: rows may be wrong, but none is written elsewhere."""
     around = torch.full((48, 8), -7, dtype=torch.int32, device="cuda")
     num_splits = torch.full((515,), -7, dtype=torch.int32, device="cuda")
     lengths = torch.full((512,), 2**31 - 1, dtype=torch.int32, device="cuda")
-    plan_into(lengths, around[16:32], num_splits[1:514], chunk_level)
+    plan_into(lengths, around[16:32], num_splits[1:514], *mode)
     assert (around[:16] == -7).all() and (around[32:] == -7).all()
     assert num_splits[0] == num_splits[514] == -7
 

@@ -308,10 +308,10 @@ def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch)
 def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invariant, monkeypatch):
     monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
     planned_with = []
-    monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[-1]))
+    monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[3:]))
     builder, _ = make_builder(monkeypatch)
     assert build_decode(builder, [0, 1, 2], 2).batch_invariant == invariant
-    assert planned_with == [chunk_level(16) if invariant else 0]
+    assert planned_with == [(chunk_level(16) if invariant else 0, True)], "16 rows are few"
 
 
 def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):

@@ -120,22 +120,23 @@ __device__ unsigned taken(unsigned pages) {
     return max(pages, 1u);
 }
 
-// The least length of splits, up to `most`, with which a split a part is enough; 0 where there is none.
+// The least length of splits, from `least` to `most`, with which a split a part is enough; 0 where there is
+// none.
 template <int kWarps>
-__device__ unsigned split_length(const PlanParams& params, unsigned pages, unsigned most) {
+__device__ unsigned split_length(const PlanParams& params, unsigned pages, unsigned least, unsigned most) {
     const unsigned num_parts = params.num_parts;
-    const auto length = [most](unsigned less) { return most > less ? most - less : 1; };
+    const auto length = [=](unsigned less) { return most > least + less ? most - less : least; };
     unsigned splits[kStartCost + 1] = {};  // with a length of most, most - 1, ...
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
 #pragma unroll
         for (unsigned less = 0; less <= kStartCost; ++less) splits[less] += ceil_div(taken(n), length(less));
     });
     block_sum<kWarps>(splits);
-    unsigned least = 0;
+    unsigned found = 0;
 #pragma unroll
     for (unsigned less = 0; less <= kStartCost; ++less)
-        if (splits[less] <= num_parts) least = length(less);
-    return least;
+        if (splits[less] <= num_parts) found = length(less);
+    return found;
 }
 
 // How the plan lays sequences out: `split` pages a part at most, or on a line where `split` is 0.
@@ -203,7 +204,11 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) { places[0] += kStartCost + taken(n); });
     block_sum<kWarps>(places);
     const Shares line(places[0], num_parts);
-    const Layout layout{batch > num_parts ? 0 : split_length<kWarps>(params, pages, line.longest()), line};
+    const unsigned taken_pages = places[0] - kStartCost * batch;
+    const unsigned least =
+        params.few_rows ? max(min(kFewPages, ceil_div(taken_pages, max(num_parts / 2, 1u))), 1u) : 1;
+    const unsigned most = max(least, line.longest());
+    const Layout layout{batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, most), line};
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;

@@ -3,14 +3,13 @@
 // All blocks of a launch run at the same time (it is a cooperative one), so waiting ends.
 #pragma once
 
+#include "kernels.h"
 #include "ptx.cuh"
 #include "tiles.cuh"
 #include "work.cuh"
 
 namespace mla {
 
-constexpr int kMaxBlocks = 256;       // of a launch with splits; more than a Hopper GPU has SMs
-constexpr int kArrivalsSlots = 1024;  // sets of counters: each launch takes the next, a captured one for good
 constexpr uint32_t kAllArrived = 1u << 31;
 
 // A counter for each block, used for the sequence that is cut at its part's end. When all have arrived its
@@ -21,23 +20,26 @@ __device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitP
     return &g_arrivals[params.arrivals_slot][(blockIdx.y - place.index) * gridDim.x + blockIdx.x];
 }
 
+// What a consumer's arrivals found in the counters: of the part's first sequence and of its last.
+using Tickets = uint32_t[kConsumers][2];
+
 // Says that this warpgroup's half of a partial is written. Remembers what the counter was.
-__device__ inline void arrive(const DecodeParams& params, SharedStorage& shared, const Split& split,
-                              const SplitPlace& place, int consumer) {
+__device__ inline void arrive(const DecodeParams& params, const PartPlan& plan, Tickets& tickets,
+                              const Split& split, const SplitPlace& place, int consumer) {
     sync_warpgroup(consumer);
     if (threadIdx.x % kWarpgroup != 0) return;
     const uint32_t others = place.num_splits * kConsumers - 1;
     const bool is_first = place.index == 0 && consumer == 0;
-    shared.tickets[consumer][split.seq != shared.plan.first_seq] =
+    tickets[consumer][split.seq != plan.first_seq] =
         ptx::signal_add(arrivals_of(params, place), is_first ? kAllArrived - others : 1);
 }
 
 // All warps look for themselves, and by a vote: a loop that lanes leave one by one would cost the kernel's
 // main loop its uniform registers.
-__device__ inline void wait_for_all(const DecodeParams& params, const SharedStorage& shared,
+__device__ inline void wait_for_all(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
                                     const Split& split, const SplitPlace& place, int consumer) {
     sync_warpgroup(consumer);  // the ticket is there
-    const uint32_t before = shared.tickets[consumer][split.seq != shared.plan.first_seq];
+    const uint32_t before = tickets[consumer][split.seq != plan.first_seq];
     const uint32_t* counter = arrivals_of(params, place);
     while (!__all_sync(~0u, ((ptx::signal_read(counter) ^ before) & kAllArrived) != 0)) {
     }

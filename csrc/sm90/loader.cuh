@@ -7,13 +7,15 @@
 
 namespace mla {
 
+// Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
+// its own, `q_full`, or tile by tile under those of its first page.
+template <typename Storage>
 class Loader {
   public:
-    __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, SharedStorage& shared)
+    __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared)
         : params_(params), maps_(maps), shared_(shared) {}
 
-    // A split's query and its pages, each page as soon as the consumers give its place back. The query comes
-    // with the first page: tile by tile, under the same barriers.
+    // A split's query and its pages, each page as soon as the consumers give its place back.
     __device__ void load(const RowTile& tile, const Split& split) {
         const int* table = params_.block_table + split.seq * params_.block_table_stride;
         // Asked for before the length is known: entries past the last page are read, but not used.
@@ -22,18 +24,18 @@ class Loader {
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin && split.begins_piece;
-            if (with_query) expect_query();
-            // The block's first query goes along with the page. Later ones follow it: the page need not wait
-            // until the query before was used.
-            const bool along = with_query && is_first_;
+            if (with_query && !Storage::kQueryHasBarrier) expect_query();
+            // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
+            // page need not wait until the query before was used.
+            const bool along = with_query && is_first_ && !Storage::kQueryHasBarrier;
+            if (with_query && is_first_ && Storage::kQueryHasBarrier) load_query(tile, query);
             load_tiles<kRopeTile, kRopeTile>(kRope, tile, page_index, along, query);
             load_tiles<0, kTilesHalfV - 1>(kLeftV, tile, page_index, along, query);
             load_tiles<kTilesHalfV, kTilesV - 1>(kRightV, tile, page_index, along, query);
             if (with_query && !is_first_) {
                 ptx::barrier_wait(&shared_.q_empty, q_round_.parity);
                 q_round_.next();
-#pragma unroll 1
-                for (int i = 0; i < kTiles; ++i) load_query_tile(i == 0 ? kRopeTile : i - 1, tile, query);
+                load_query(tile, query);
             }
             is_first_ = false;
             page_index = next_index;
@@ -60,29 +62,42 @@ class Loader {
         }
     }
 
-    __device__ uint64_t* full(int t) { return &shared_.k_full[stage_.slot][t]; }
+    __device__ uint64_t* full(int t) { return &shared_.pages.full[stage_.slot][t]; }
 
     __device__ void wait_until_empty(TileGroup group) {
-        ptx::barrier_wait(&shared_.k_empty[stage_.slot][group], stage_.parity ^ 1);
+        ptx::barrier_wait(&shared_.pages.empty[stage_.slot][group], stage_.parity ^ 1);
     }
 
-    // Has the page's barriers wait for the query's tiles, too.
+    // Has the query's barrier, or its first page's, wait for its tiles.
     __device__ void expect_query() {
-        for (int group = 0; group < kTileGroups; ++group) wait_until_empty(static_cast<TileGroup>(group));
         const int bytes = params_.heads_per_tile * params_.tokens_per_tile * kRowBytes;
+        if constexpr (Storage::kQueryHasBarrier) {
+            ptx::barrier_arrive_expect(&shared_.q_full, kTiles * bytes);
+        } else {
+            for (int group = 0; group < kTileGroups; ++group) wait_until_empty(static_cast<TileGroup>(group));
 #pragma unroll 1
-        for (int t = 0; t < kTiles; ++t) ptx::barrier_expect(full(t), bytes);
+            for (int t = 0; t < kTiles; ++t) ptx::barrier_expect(full(t), bytes);
+        }
+    }
+
+    __device__ void load_query(const RowTile& tile, const QueryPlace& query) {
+        if constexpr (Storage::kQueryHasBarrier)
+            expect_query();  // not before: the query before may be on its way
+#pragma unroll 1
+        for (int i = 0; i < kTiles; ++i) load_query_tile(i == 0 ? kRopeTile : i - 1, tile, query);
     }
 
     __device__ void load_query_tile(int t, const RowTile& tile, const QueryPlace& query) {
-        ptx::load_tensor_4d(shared_.q[t], t == kRopeTile ? maps_.q_pe : maps_.q_nope, full(t),
+        uint64_t* barrier = full(t);
+        if constexpr (Storage::kQueryHasBarrier) barrier = &shared_.q_full;
+        ptx::load_tensor_4d(shared_.q[t], t == kRopeTile ? maps_.q_pe : maps_.q_nope, barrier,
                             t == kRopeTile ? 0 : t * kTileColumns, tile.first_head,
                             query.token + tile.first_token, query.batch);
     }
 
     const DecodeParams& params_;
     const DecodeMaps& maps_;
-    SharedStorage& shared_;
+    Storage& shared_;
     RingPosition<kStages> stage_;
     RingPosition<1> q_round_;  // of q_empty
     bool is_first_ = true;

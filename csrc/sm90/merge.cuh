@@ -9,7 +9,9 @@
 #include <cmath>
 
 #include "arrivals.cuh"
-#include "epilogue.cuh"
+#include "numbers.cuh"
+#include "partial.cuh"
+#include "rows.cuh"
 
 namespace mla {
 
@@ -22,11 +24,8 @@ struct MergeState {
     float weight = 0.f;
 };
 
-// Where a consumer's warps put merged splits together, all but the first one's: in the query's place, which
-// is not needed any more.
-__device__ inline MergeState<1>* merge_scratch(SharedStorage& shared, int consumer) {
-    return reinterpret_cast<MergeState<1>*>(shared.q) + consumer * (kWarpgroup - 32);
-}
+// Where a consumer's warps put merged splits together, all but the first one's.
+using MergeScratch = MergeState<1>[kWarpgroup - 32];
 
 // Adds splits whose weight is weight * exp(lse), relative to which their values are summed up.
 template <int kVectors>
@@ -108,53 +107,13 @@ struct Merger {
     }
 };
 
-// Two splits, each all that its part has to do: their blocks finish together, and each keeps one half of the
-// output in registers and gets only that half from the other.
-__device__ inline bool is_exchange(const DecodeParams& params, const PartPlan& plan,
-                                   const SplitPlace& place) {
-    if (place.num_splits != 2 || plan.first_seq != plan.last_seq) return false;
-    const int other = blockIdx.y + (place.index == 0 ? 1 : -1);
-    return other >= 0 && other < params.num_parts &&
-           params.parts[other].first_seq == params.parts[other].last_seq;
-}
-
-// Adds the other split's half to `output`, which was not scaled yet; returns by what to scale the sum.
-__device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                         const SplitPlace& place, int consumer, float2 scale,
-                                         float (&output)[128]) {
-    const Partial mine(params, tile, place, place.index), other(params, tile, place, 1 - place.index);
-    const int lane = threadIdx.x % 32, rows = split.valid_rows(params, tile);
-    float scales[2] = {scale.x, scale.y};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
-        if (row >= rows) continue;
-        const float my_lse = __ldcg(mine.lse + row), other_lse = __ldcg(other.lse + row);
-        const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
-        const float max = fmaxf(my_lse, other_lse), offset = max == -INFINITY ? 0.f : max;
-        const float my_weight = ptx::exp2_approx((my_lse - offset) * kLog2E);
-        const float other_weight = ptx::exp2_approx((other_lse - offset) * kLog2E);
-        const float sum = my_weight + other_weight, factor = my_weight * scales[h];
-#pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i) {
-            const float2 value = __ldcg(at + i * 32);
-            output[4 * i + 2 * h] = output[4 * i + 2 * h] * factor + value.x * other_weight;
-            output[4 * i + 2 * h + 1] = output[4 * i + 2 * h + 1] * factor + value.y * other_weight;
-        }
-        scales[h] = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
-        if (consumer == kLeft && lane % 4 == 0)
-            *lse_of(params, split.seq, row_of(params, tile, split, row)) =
-                sum == 0.f ? INFINITY : max + __logf(sum);
-    }
-    return make_float2(scales[0], scales[1]);
-}
-
-// Few splits: a warp merges 8 rows x 64 columns at a time. `place` says of which partials, `part` which
-// share.
-template <typename T>
+// Few splits: a warp merges 8 rows x 16 kVectors columns at a time. `place` says of which partials, `part`
+// which share.
+template <typename T, int kVectors>
 __device__ inline void merge_wide(const DecodeParams& params, const RowTile& tile, const Split& split,
                                   const SplitPlace& place, const SplitPlace& part, int consumer) {
-    constexpr int kVectors = 4, kItems = kGroups / (2 * kVectors);  // an item is a warp's work in an octet
+    constexpr int kLoads = 8;                         // under way together
+    constexpr int kItems = kGroups / (2 * kVectors);  // an item is a warp's work in an octet
     const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
     const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
     const Partial first(params, tile, place, 0);
@@ -163,7 +122,7 @@ __device__ inline void merge_wide(const DecodeParams& params, const RowTile& til
     for (int item = rank + warp * ranks; item < items; item += 4 * ranks) {
         const Merger<kVectors> merger(params, first, item / kItems, item % kItems * 2 * kVectors + half);
         MergeState<kVectors> state;
-        merger.template add_splits<2>(state, 0, place.num_splits, 1);
+        merger.template add_splits<kLoads / kVectors>(state, 0, place.num_splits, 1);
         merger.template store<T>(tile, split, state);
     }
 }
@@ -177,7 +136,7 @@ __device__ inline float4 shuffle_xor(float4 value, int mask) {
 // share is only one or two such items, so do four or two warps.
 template <typename T>
 __device__ inline void merge_deep(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const SplitPlace& place, int consumer, MergeState<1>* scratch) {
+                                  const SplitPlace& place, int consumer, MergeScratch& scratch) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, half = lane / 16;
     const int ranks = place.num_splits * kConsumers, rank = place.index * kConsumers + consumer;
     const Partial first(params, tile, place, 0);
@@ -206,34 +165,35 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
     }
 }
 
-// Merges the part's first and last sequence where other parts work on them, too.
-template <typename T, Mode kMode>
-__device__ inline void merge_splits(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
-                                    int consumer) {
+// Merges the part's first and last sequence where other parts work on them, too, and the splits are not
+// merged already.
+template <typename T, int kVectors, typename IsMerged>
+__device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
+                                    const RowTile& tile, int consumer, MergeScratch& scratch,
+                                    IsMerged&& is_merged) {
     constexpr int kFewSplits = 7;
-    for_each_split<kMode>(params, shared.plan, tile, [&](const Split& split) {
-        const SplitPlace place(params, shared.plan, split);
-        if (!place.is_partial()) return;
-        if (kMode == Mode::kManyRows && is_exchange(params, shared.plan, place)) return;
-        wait_for_all(params, shared, split, place, consumer);
+    for_each_split<Mode::kSplits>(params, plan, tile, [&](const Split& split) {
+        const SplitPlace place(params, plan, split);
+        if (!place.is_partial() || is_merged(place)) return;
+        wait_for_all(params, plan, tickets, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
-            merge_wide<T>(params, tile, split, place, place, consumer);
+            merge_wide<T, kVectors>(params, tile, split, place, place, consumer);
         } else {
-            merge_deep<T>(params, tile, split, place, consumer, merge_scratch(shared, consumer));
+            merge_deep<T>(params, tile, split, place, consumer, scratch);
         }
     });
 }
 
 // In the batch-invariant mode, merges all that the part has chunks of: one chunk after another.
 template <typename T>
-__device__ inline void merge_chunks(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
-                                    int consumer) {
+__device__ inline void merge_chunks(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
+                                    const RowTile& tile, int consumer) {
     sync_consumers();  // what either stored is there for both
-    for_each_split<Mode::kBatchInvariant>(params, shared.plan, tile, [&](const Split& chunk) {
-        const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
+    for_each_split<Mode::kBatchInvariant>(params, plan, tile, [&](const Split& chunk) {
+        const SplitPlace part(params, plan, chunk), place = SplitPlace::of_chunk(params, chunk);
         if (!chunk.ends_piece || !place.is_partial()) return;
-        if (part.is_partial()) wait_for_all(params, shared, chunk, part, consumer);
-        merge_wide<T>(params, tile, chunk, place, part, consumer);
+        if (part.is_partial()) wait_for_all(params, plan, tickets, chunk, part, consumer);
+        merge_wide<T, 4>(params, tile, chunk, place, part, consumer);
     });
 }
 

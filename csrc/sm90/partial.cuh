@@ -32,20 +32,4 @@ struct Partial {
     }
 };
 
-// A consumer's half of the output, 64 x 256 in the layout of wgmma's accumulators.
-__device__ inline void store_partial(const Partial& partial, int rows, const float (&output)[128],
-                                     float2 scale, int consumer) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
-        if (octet * kOctetRows >= rows) continue;
-        auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
-        const float factor = h == 0 ? scale.x : scale.y;
-#pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i)
-            at[i * 32] = make_float2(output[4 * i + 2 * h] * factor, output[4 * i + 2 * h + 1] * factor);
-    }
-}
-
 }  // namespace mla

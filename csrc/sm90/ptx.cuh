@@ -1,5 +1,5 @@
 // The PTX that the decode kernel needs, but for its products (wgmma.cuh): mbarriers, signals between blocks,
-// bulk tensor copies, register hand-over, approximate functions.
+// bulk tensor copies, transposing stores, register hand-over, approximate functions.
 #pragma once
 
 #include <cuda.h>
@@ -93,6 +93,17 @@ __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64
 // it wrote is what these read, and what it read is not overwritten yet.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- matrices in shared memory ----
+
+// Four 8 x 8 matrices of 16-bit values as products leave them, a pair of columns a lane, to shared memory
+// column by column: lane 8 j + c holds the place of column c of matrix j, 16 bytes.
+__device__ inline void store_columns(void* place, const uint32_t (&matrices)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
+        "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+        : "memory");
 }
 
 // ---- registers ----

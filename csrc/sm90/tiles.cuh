@@ -1,13 +1,14 @@
-// What lies where in shared memory, and who waits for whom.
+// What both decode kernels have in common: tiles in shared memory, warpgroups, and who waits for whom.
 //
 // A tile is 64 rows x 64 columns of 16-bit values in the 128-byte swizzle that wgmma and the copy engine
-// share: 8 KB. Q is 9 tiles (its 64 rows), a page of the cache is 9 tiles (its 64 tokens); tiles 0 to 7 are
+// share: 8 KB. A page of the cache is 9 tiles (its 64 tokens), Q is 9 tiles of its own rows; tiles 0 to 7 are
 // the latent part, which is also V, tile 8 is the rope part.
 #pragma once
 
 #include <cstdint>
 
 #include "../params.h"
+#include "ptx.cuh"
 
 namespace mla {
 
@@ -20,45 +21,56 @@ constexpr int kTilesV = kHeadDimV / kTileColumns;  // 8
 constexpr int kTilesHalfV = kTilesV / 2;           // a consumer warpgroup's share of V's columns
 constexpr int kColumnsHalfV = kHeadDimV / 2;
 constexpr int kRopeTile = kTilesV;
-constexpr int kStages = 2;  // pages in shared memory: 144 KB beside Q's 72 KB
+constexpr int kStages = 2;  // pages in shared memory: 144 KB
 
 constexpr int kWarpgroup = 128;
+constexpr int kWarps = kWarpgroup / 32;
+constexpr int kMaxSharedBytes = 227 * 1024;  // a thread block's
 
 // How a block's share of the work is cut and merged; a kernel of its own for each.
-enum class Mode {
-    kFewRows,         // in splits; less code, which counts where a call is short
-    kManyRows,        // in splits; two of them may exchange halves, which spares the traffic of partials
-    kBatchInvariant,  // in chunks
-};
+enum class Mode { kSplits, kBatchInvariant /* in chunks */ };
 
-enum Consumer { kLeft = 0, kRight = 1 };
 constexpr int kConsumers = 2;                            // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 
-// The page's tiles in the groups that are given back together: each V half by the warpgroup that multiplies
-// it, the rope tile once the weights that took its place are read.
+// Registers a thread: 3 x 128 threads share 65,536.
+constexpr int kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 56;
+
+// The page's tiles in the groups that are given back together.
 enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 
-struct SharedStorage {
-    alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
-    alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
-    // From the first consumer to the second, a float2 for each thread's two rows: by how much to scale the
-    // output before the page is added, and after the last.
-    float2 scale[kStages][kWarpgroup];
-    float2 normalizer[kStages][kWarpgroup];
-    uint32_t tickets[kConsumers][2];  // arrivals.cuh: of the part's first sequence and of its last
-    PartPlan plan;
-    uint64_t q_empty;
-    uint64_t k_full[kStages][kTiles];
-    uint64_t k_empty[kStages][kTileGroups];
-    uint64_t weights_full[kStages];
-    uint64_t normalizer_full[kStages];
+// The ring of pages: what is there, tile by tile, and what was given back.
+struct PageBarriers {
+    uint64_t full[kStages][kTiles];
+    uint64_t empty[kStages][kTileGroups];
 };
-static_assert(sizeof(SharedStorage) <= 227 * 1024, "exceeds the shared memory of a thread block");
 
 // Waits for the other threads of a consumer warpgroup; barrier 0 is __syncthreads'.
 __device__ inline void sync_warpgroup(int consumer) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
+}
+
+// A page's tiles arrive one by one; a warpgroup's warps give back a group of them.
+__device__ inline void init_page_barriers(PageBarriers& pages) {
+    for (int stage = 0; stage < kStages; ++stage) {
+        for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(&pages.full[stage][tile], 1);
+        for (int group = 0; group < kTileGroups; ++group)
+            ptx::barrier_init(&pages.empty[stage][group], kWarps);
+    }
+}
+
+// The copy engine's views, which its first copies would otherwise wait for.
+__device__ inline void prefetch_maps(const DecodeMaps& maps) {
+    ptx::prefetch_map(maps.k);
+    ptx::prefetch_map(maps.q_nope);
+    ptx::prefetch_map(maps.q_pe);
+}
+
+// Arrives once for each warp, after all of its lanes are done.
+__device__ inline void warp_arrive(uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
 }
 
 // Waits for both consumer warpgroups.

@@ -1,8 +1,5 @@
-// Warpgroup matrix products: m64n64k16 for scores, m64n256k16 for the output; float32 accumulators.
+// What warpgroup matrix products have in common; each kernel has its shapes in products.cuh.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "ptx.cuh"
 #include "tiles.cuh"
@@ -40,65 +37,5 @@ __device__ inline uint32_t descriptor(const void* smem, uint32_t leading_bytes) 
 __device__ inline uint32_t advance(uint32_t descriptor, uint32_t bytes) {
     return descriptor + (bytes >> 4);
 }
-
-template <typename T>
-struct Product;
-
-// clang-format off
-#define MLA_REGISTERS_0_31 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MLA_REGISTERS_32_127 \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MLA_ACC8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define MLA_ACC32(i) MLA_ACC8(i), MLA_ACC8(i + 8), MLA_ACC8(i + 16), MLA_ACC8(i + 24)
-
-#define MLA_DEFINE_PRODUCT(T, PTX_TYPE)                                                                     \
-  template <>                                                                                               \
-  struct Product<T> {                                                                                       \
-    /* d (64, 64) = a (64, 16) b^T (64, 16), both in shared memory; added to d if `accumulate` */           \
-    __device__ static void scores(float (&d)[32], uint32_t a, uint32_t b, bool accumulate) {                \
-      asm volatile(                                                                                         \
-          "{\n"                                                                                             \
-          ".reg .pred accumulate;\n"                                                                        \
-          ".reg .b64 a, b;\n"                                                                               \
-          "mov.b64 a, {%32, 0x40000040};\n"                                                                 \
-          "mov.b64 b, {%33, 0x40000040};\n"                                                                 \
-          "setp.ne.b32 accumulate, %34, 0;\n"                                                               \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX_TYPE "." PTX_TYPE                               \
-          " {" MLA_REGISTERS_0_31 "}, a, b, accumulate, 1, 1, 0, 0;\n"                                      \
-          "}\n"                                                                                             \
-          : MLA_ACC32(0)                                                                                    \
-          : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)));                                             \
-    }                                                                                                       \
-    /* d (64, 256) += a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */    \
-    __device__ static void output(float (&d)[128], const uint32_t* a, uint32_t b) {                         \
-      asm volatile(                                                                                         \
-          "{\n"                                                                                             \
-          ".reg .b64 b;\n"                                                                                  \
-          "mov.b64 b, {%132, 0x40000040};\n"                                                                \
-          "wgmma.mma_async.sync.aligned.m64n256k16.f32." PTX_TYPE "." PTX_TYPE                              \
-          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127 "}, {%128, %129, %130, %131}, b, 1, 1, 1, 1;\n" \
-          "}\n"                                                                                             \
-          : MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)                                       \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                            \
-    }                                                                                                       \
-  };
-
-MLA_DEFINE_PRODUCT(__nv_bfloat16, "bf16")
-MLA_DEFINE_PRODUCT(__half, "f16")
-
-#undef MLA_DEFINE_PRODUCT
-#undef MLA_ACC32
-#undef MLA_ACC8
-#undef MLA_REGISTERS_32_127
-#undef MLA_REGISTERS_0_31
-// clang-format on
 
 }  // namespace mla::wgmma

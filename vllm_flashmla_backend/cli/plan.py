@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
             raise SystemExit(f"{option} is {value}, expected at least 1")
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
-    num_parts = args.parts or schedule.num_parts(num_sms(), args.heads * args.query_len, 1)
+    rows = args.heads * args.query_len
+    num_parts = args.parts or schedule.num_parts(num_sms(), rows, 1)
     level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
-    metadata, _ = schedule.plan(lengths, num_parts, level)
+    metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
     if args.out:
         save(draw(work, lengths), args.out)

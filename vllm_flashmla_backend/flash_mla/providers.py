@@ -56,6 +56,7 @@ class Provider(Protocol):
         tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32, written
         num_splits: torch.Tensor,  # (b + 1,) int32, written
         chunk_level: int,
+        few_rows: bool,  # `schedule.is_few`
     ) -> None: ...
 
     def decode(self, args: DecodeArguments) -> None: ...
@@ -81,9 +82,9 @@ class NativeProvider:
             )
         self._ops, self._device = ops, device
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
         with torch.cuda.device(self._device):  # launches go to the current device, whatever the tensors' is
-            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level)
+            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
 
     def decode(self, args: DecodeArguments) -> None:
         b, h_q, h_kv = args.cache_seqlens.shape[0], args.out.shape[2], args.k_cache.shape[2]
@@ -123,10 +124,10 @@ class ReferenceProvider:
     def __init__(self, device: torch.device) -> None:
         pass
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
         _refuse_capture(cache_seqlens)
         parts = tile_scheduler_metadata.shape[0]
-        metadata, splits = schedule.plan(cache_seqlens.tolist(), parts, chunk_level)
+        metadata, splits = schedule.plan(cache_seqlens.tolist(), parts, chunk_level, few_rows)
         tile_scheduler_metadata.copy_(metadata)
         num_splits.copy_(splits)
 
@@ -151,7 +152,7 @@ class FlashMLAProvider:
         _require_hopper(self.name, device)
         self._flash_mla = _import_flash_mla()
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
         tile_scheduler_metadata.zero_()
         num_splits.zero_()
 

@@ -34,6 +34,13 @@ TILE_ROWS = 64
 START_COST = 3
 """What starting a split costs, in pages: loading q, filling the pipeline, storing the result."""
 
+FEW_ROWS = 32
+"""Query rows that share a KV head: with up to so many a part is through with pages faster than memory gives
+them to all parts."""
+
+FEW_PAGES = 8
+"""With few rows, splits of up to so many pages are left to half of the parts: half as much to merge."""
+
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
 
@@ -98,6 +105,11 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
 
+def is_few(rows_per_kv_head: int) -> bool:
+    """Whether so many query rows that share a KV head, `s_q * h_q // h_kv`, are planned for as few."""
+    return rows_per_kv_head <= FEW_ROWS
+
+
 def partial_slots(batch: int, parts: int, max_pages: int, chunk_level: int) -> int:
     """Room for partial results that is enough for any lengths.
 
@@ -140,15 +152,18 @@ def _share(total: int, ways: int, number: int) -> int:
     return number * (total // ways) + min(number, total % ways)
 
 
-def _a_split_a_part(pages: Sequence[int], parts: int, most: int) -> _Layout | None:
+def _a_split_a_part(pages: Sequence[int], parts: int, most: int, few_rows: bool) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
     The length is the least with which the parts are enough; None if that is above `most`. The worst
     part costs `length` pages and a start. `most` is a share of all pages and a start for each
     sequence: with more sequences than parts no length will do, with fewer none below most - START_COST.
+    With few rows the length is also at least a share for half of the parts, up to FEW_PAGES.
     """
     taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
-    for length in range(max(1, most - START_COST), most + 1):
+    half = max(1, parts // 2)
+    least = max(1, min(FEW_PAGES, ceil_div(sum(taken), half))) if few_rows else 1
+    for length in range(max(least, most - START_COST), max(least, most) + 1):
         splits = [ceil_div(n, length) for n in taken]
         if sum(splits) <= parts:
             break
@@ -221,7 +236,9 @@ def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) ->
     return begins
 
 
-def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def plan(
+    cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0, few_rows: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan one decode step on the host.
 
     Parameters
@@ -230,6 +247,7 @@ def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tupl
         and less counts as 0.
     parts : what `num_parts` returned.
     chunk_level : above 0, sequences are cut between chunks only: see `chunks`.
+    few_rows : what `is_few` says.
 
     Returns
     -------
@@ -242,7 +260,7 @@ def plan(cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0) -> tupl
         layout = _in_chunks(pages, parts, chunk_level)
     else:
         share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
-        layout = _a_split_a_part(pages, parts, most=share) or _on_a_line(pages, parts)
+        layout = _a_split_a_part(pages, parts, share, few_rows) or _on_a_line(pages, parts)
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
     num_splits, cut = [0], 0  # cut: sequences so far that have several splits

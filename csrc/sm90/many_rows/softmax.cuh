@@ -4,25 +4,10 @@
 // 4 i + 2 h + e of `scores` is column 8 i + 2 (lane % 4) + e of row half h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "../numbers.cuh"
+#include "../ptx.cuh"
 
-#include "ptx.cuh"
-
-namespace mla {
-
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr float kLog2E = 1.44269504088896341f;
-
-__device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ inline uint32_t pack(float low, float high, __half) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
+namespace mla::many_rows {
 
 template <typename Op>
 __device__ inline float quad_reduce(float value, Op op) {
@@ -45,8 +30,7 @@ class OnlineSoftmax {
     __device__ explicit OnlineSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {}
 
     // Turns scores into weights relative to the stored maximum; returns by how much to scale what was summed
-    // so far. The stored maximum follows the true one only when that outgrows it by 2^kSlack: the weights
-    // stay below 2^kSlack, exact all the same, and most pages leave the output as it is.
+    // so far.
     __device__ float2 update(float (&scores)[32]) {
         float rescale[2];
 #pragma unroll
@@ -87,8 +71,6 @@ class OnlineSoftmax {
     }
 
   private:
-    static constexpr float kSlack = 8.f;
-
     __device__ static float inverse(float sum) { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
 
     float scale_log2_;
@@ -96,4 +78,4 @@ class OnlineSoftmax {
     float sum_[2] = {0.f, 0.f};              // of this thread's columns until finish()
 };
 
-}  // namespace mla
+}  // namespace mla::many_rows

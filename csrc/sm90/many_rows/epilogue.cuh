@@ -4,34 +4,15 @@
 // them out in the V tiles of its last page, which it still holds, and stores whole lines from there.
 #pragma once
 
-#include "partial.cuh"
+#include "../partial.cuh"
+#include "../rows.cuh"
 #include "softmax.cuh"
 
-namespace mla {
-
-constexpr int kSegmentBytes = kColumnsHalfV * 2;  // a warpgroup's share of a row
+namespace mla::many_rows {
 
 // Index of the thread's first row in the tile; its second is 8 further.
 __device__ inline int first_row_of_thread() {
     return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-}
-
-__device__ inline float* lse_of(const DecodeParams& params, int seq, const Row& row) {
-    const QueryPlace query(params, seq);
-    return params.lse + query.batch * params.lse_stride[0] + row.head * params.lse_stride[1] +
-           (query.token + row.token) * params.lse_stride[2];
-}
-
-template <typename T>
-__device__ inline T* out_of(const DecodeParams& params, int seq, const Row& row) {
-    const QueryPlace query(params, seq);
-    return static_cast<T*>(params.out) + query.batch * params.out_stride[0] +
-           (query.token + row.token) * params.out_stride[1] + row.head * params.out_stride[2];
-}
-
-// Segments begin 16 bytes further in each of 8 neighbouring rows, and wrap around: no bank conflicts.
-__device__ inline int rotation(int row_of_tile) {
-    return row_of_tile % 8 * 16;
 }
 
 template <typename T>
@@ -48,18 +29,20 @@ __device__ inline void stage_rows(const float (&output)[128], float2 scale, uint
     }
 }
 
-template <typename T>
-__device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                 const uint8_t* staging, int first_column) {
-    const int warp = threadIdx.x % kWarpgroup / 32, at = threadIdx.x % 32 * sizeof(uint4);
-    const int rows = split.valid_rows(params, tile);
-#pragma unroll 2
-    for (int row = warp; row < rows; row += 4) {
-        T* out = out_of<T>(params, split.seq, row_of(params, tile, split, row)) + first_column;
-        *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) = *reinterpret_cast<const uint4*>(
-            staging + row * kSegmentBytes + (at + rotation(row)) % kSegmentBytes);
+// A consumer's half of the output, 64 x 256 in the layout of wgmma's accumulators.
+__device__ inline void store_partial(const Partial& partial, int rows, const float (&output)[128],
+                                     float2 scale, int consumer) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
+        if (octet * kOctetRows >= rows) continue;
+        auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
+        const float factor = h == 0 ? scale.x : scale.y;
+#pragma unroll
+        for (int i = 0; i < kGroups / 2; ++i)
+            at[i * 32] = make_float2(output[4 * i + 2 * h] * factor, output[4 * i + 2 * h + 1] * factor);
     }
-    ptx::fence_async_proxy();  // these reads come before the copy engine's next writes
 }
 
 // Final rows of a consumer's half of the output. `v_tiles`: its half of the last page, which nothing reads
@@ -101,4 +84,4 @@ __device__ inline void store_lse(const DecodeParams& params, const SplitPlace& p
     }
 }
 
-}  // namespace mla
+}  // namespace mla::many_rows

@@ -2,31 +2,27 @@
 // second receives the weights and multiplies the right half.
 #pragma once
 
+#include "../values.cuh"
 #include "epilogue.cuh"
-#include "merge.cuh"
-#include "wgmma.cuh"
+#include "exchange.cuh"
+#include "products.cuh"
+#include "storage.cuh"
 
-namespace mla {
-
-// Arrives once for each warp, after all of its lanes are done.
-__device__ inline void warp_arrive(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
-}
+namespace mla::many_rows {
 
 // scores (64 x 64) = q k^T, tile by tile as the page arrives.
 template <typename T>
-__device__ inline void compute_scores(SharedStorage& shared, int slot, uint32_t parity, float (&scores)[32]) {
+__device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity, float (&scores)[32]) {
     const uint32_t q = wgmma::descriptor(shared.q, 0), k = wgmma::descriptor(shared.k[slot], 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        ptx::barrier_wait(&shared.k_full[slot][tile], parity);
+        ptx::barrier_wait(&shared.pages.full[slot][tile], parity);
         wgmma::fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             const uint32_t at = tile * kTileBytes + step * 32;
-            wgmma::Product<T>::scores(scores, wgmma::advance(q, at), wgmma::advance(k, at), i + step > 0);
+            Product<T>::scores(scores, wgmma::advance(q, at), wgmma::advance(k, at), i + step > 0);
         }
     }
     wgmma::commit();
@@ -43,25 +39,13 @@ __device__ inline void start_output(const uint32_t (&weights)[16], const void* v
     wgmma::fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-        wgmma::Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128));
+        Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128));
     wgmma::commit();
 }
 
 __device__ inline void finish_output(float (&output)[128]) {
     wgmma::wait<0>();
     wgmma::pin(output);
-}
-
-// Tokens past the end of the sequence may hold NaN, and 0 * NaN is NaN: their values become 0. Called by the
-// warpgroup that multiplies these four tiles.
-__device__ inline void zero_values_past_end(uint8_t (*tiles)[kTileBytes], int valid_tokens, int consumer) {
-    constexpr int kChunksPerRow = 128 / 16;
-    const int first = valid_tokens * kChunksPerRow;
-    for (int chunk = first + threadIdx.x % kWarpgroup; chunk < 64 * kChunksPerRow; chunk += kWarpgroup)
-        for (int tile = 0; tile < kTilesHalfV; ++tile)
-            reinterpret_cast<uint4*>(tiles[tile])[chunk] = make_uint4(0, 0, 0, 0);
-    ptx::fence_async_proxy();
-    sync_warpgroup(consumer);
 }
 
 __device__ inline void rescale_output(float (&output)[128], float2 scale) {
@@ -84,8 +68,7 @@ __device__ inline void pack_weights(const float (&scores)[32], uint32_t (&weight
 //
 // Only the arrival needs a barrier. The place is free again when the stage's next page has arrived there, for
 // which the second consumer had to give the tile back.
-__device__ inline void hand_over(SharedStorage& shared, int stage, const uint32_t (&weights)[16],
-                                 float2 scale) {
+__device__ inline void hand_over(Storage& shared, int stage, const uint32_t (&weights)[16], float2 scale) {
     const int thread = threadIdx.x % kWarpgroup;
     auto* fragments = reinterpret_cast<uint4*>(shared.k[stage][kRopeTile]) + thread;
 #pragma unroll
@@ -96,8 +79,7 @@ __device__ inline void hand_over(SharedStorage& shared, int stage, const uint32_
     ptx::barrier_arrive(&shared.weights_full[stage]);
 }
 
-__device__ inline float2 take_over(SharedStorage& shared, int slot, uint32_t parity,
-                                   uint32_t (&weights)[16]) {
+__device__ inline float2 take_over(Storage& shared, int slot, uint32_t parity, uint32_t (&weights)[16]) {
     const int thread = threadIdx.x % kWarpgroup;
     ptx::barrier_wait(&shared.weights_full[slot], parity);
     const auto* fragments = reinterpret_cast<const uint4*>(shared.k[slot][kRopeTile]) + thread;
@@ -113,13 +95,13 @@ __device__ inline float2 take_over(SharedStorage& shared, int slot, uint32_t par
 }
 
 // The same for the factors that end a split, in the stage of its last page.
-__device__ inline void hand_over_normalizer(SharedStorage& shared, int stage, float2 normalizer) {
+__device__ inline void hand_over_normalizer(Storage& shared, int stage, float2 normalizer) {
     shared.normalizer[stage][threadIdx.x % kWarpgroup] = normalizer;
     ptx::barrier_arrive(&shared.normalizer_full[stage]);
 }
 
 // `parities`: bit i is that of stage i, for not every page ends a split.
-__device__ inline float2 take_over_normalizer(SharedStorage& shared, int stage, uint32_t& parities) {
+__device__ inline float2 take_over_normalizer(Storage& shared, int stage, uint32_t& parities) {
     ptx::barrier_wait(&shared.normalizer_full[stage], parities >> stage & 1);
     parities ^= 1 << stage;
     return shared.normalizer[stage][threadIdx.x % kWarpgroup];
@@ -138,7 +120,7 @@ struct ConsumerState {
 
 // Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
 template <typename T, Mode kMode>
-__device__ inline float2 consume_scores_and_left(const DecodeParams& params, SharedStorage& shared,
+__device__ inline float2 consume_scores_and_left(const DecodeParams& params, Storage& shared,
                                                  const RowTile& tile, const Split& split,
                                                  ConsumerState& state, float (&output)[128]) {
     OnlineSoftmax softmax(params.softmax_scale);
@@ -163,11 +145,11 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sha
 
         rescale_output(output, scale);
         if (split.seq_len < first_key + kPageSize)
-            zero_values_past_end(&shared.k[slot][0], split.seq_len - first_key, kLeft);
+            zero_values_past_end<kTilesHalfV>(&shared.k[slot][0], split.seq_len - first_key, kLeft);
         start_output<T>(weights, shared.k[slot][0], output);
         finish_output(output);
         if (is_last) break;  // the page is given back after the output is stored
-        warp_arrive(&shared.k_empty[slot][kLeftV]);
+        warp_arrive(&shared.pages.empty[slot][kLeftV]);
         state.stage.next();
     }
     softmax.finish();
@@ -182,7 +164,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sha
 
 // The right half of the output, with the weights that the other consumer hands over.
 template <typename T>
-__device__ inline float2 consume_right(SharedStorage& shared, const Split& split, ConsumerState& state,
+__device__ inline float2 consume_right(Storage& shared, const Split& split, ConsumerState& state,
                                        float (&output)[128]) {
     if (split.is_empty()) return make_float2(0.f, 0.f);
     uint32_t weights[16];
@@ -192,35 +174,35 @@ __device__ inline float2 consume_right(SharedStorage& shared, const Split& split
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
         for (int t = kTilesHalfV; t < kTilesV; ++t)
-            ptx::barrier_wait(&shared.k_full[slot][t], state.stage.parity);
+            ptx::barrier_wait(&shared.pages.full[slot][t], state.stage.parity);
         if (split.seq_len < first_key + kPageSize)
-            zero_values_past_end(v_tiles, split.seq_len - first_key, kRight);
+            zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
         start_output<T>(weights, v_tiles, output);
         // The copy engine may overwrite the weights' place once they have been written and read for good: the
         // products have the registers, and the fence orders this thread's reads before the engine's writes.
         ptx::fence_async_proxy();
-        warp_arrive(&shared.k_empty[slot][kRope]);
+        warp_arrive(&shared.pages.empty[slot][kRope]);
         finish_output(output);
         if (page + 1 == split.page_end) return take_over_normalizer(shared, slot, state.normalizer_parities);
-        warp_arrive(&shared.k_empty[slot][kRightV]);
+        warp_arrive(&shared.pages.empty[slot][kRightV]);
         state.stage.next();
     }
 }
 
 // Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
 template <typename T, Mode kMode>
-__device__ inline void finish_split(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+__device__ inline void finish_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                     const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
-    const bool exchanged = kMode == Mode::kManyRows && is_exchange(params, shared.plan, place);
+    const bool exchanged = kMode == Mode::kSplits && is_exchange(params, shared.plan, place);
     const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
                       scale, consumer);
-    if (place.is_partial()) arrive(params, shared, split, place, consumer);
+    if (place.is_partial()) arrive(params, shared.plan, shared.tickets, split, place, consumer);
     if (is_mine && exchanged) {
-        wait_for_all(params, shared, split, place, consumer);
+        wait_for_all(params, shared.plan, shared.tickets, split, place, consumer);
         scale = merge_exchanged(params, tile, split, place, consumer, scale, output);
     }
     if (!is_mine) return;
@@ -233,7 +215,7 @@ __device__ inline void finish_split(const DecodeParams& params, SharedStorage& s
 
 // The same in the batch-invariant mode: a chunk is merged only in memory, and in order.
 template <typename T>
-__device__ inline void finish_chunk(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+__device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                     const Split& chunk, int consumer, uint8_t* v_tiles, float2 scale,
                                     const float (&output)[128]) {
     const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
@@ -241,7 +223,8 @@ __device__ inline void finish_chunk(const DecodeParams& params, SharedStorage& s
         if (!chunk.is_idle())
             store_partial(Partial(params, tile, place, place.index), chunk.valid_rows(params, tile), output,
                           scale, consumer);
-        if (part.is_partial() && chunk.ends_piece) arrive(params, shared, chunk, part, consumer);
+        if (part.is_partial() && chunk.ends_piece)
+            arrive(params, shared.plan, shared.tickets, chunk, part, consumer);
     } else if (chunk.seq_len <= 0) {
         store_zeros<T>(params, tile, chunk, consumer);
     } else if (!chunk.is_idle()) {
@@ -251,7 +234,7 @@ __device__ inline void finish_chunk(const DecodeParams& params, SharedStorage& s
 
 // A consumer's half of a split, from its pages to its result in memory.
 template <typename T, Mode kMode>
-__device__ inline void consume(const DecodeParams& params, SharedStorage& shared, const RowTile& tile,
+__device__ inline void consume(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                const Split& split, int consumer, ConsumerState& state) {
     float output[128];
     clear(output);
@@ -266,8 +249,8 @@ __device__ inline void consume(const DecodeParams& params, SharedStorage& shared
         finish_split<T, kMode>(params, shared, tile, split, consumer, v_tiles, scale, output);
     }
     if (split.is_empty()) return;
-    warp_arrive(&shared.k_empty[slot][consumer == kLeft ? kLeftV : kRightV]);
+    warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);
     state.stage.next();
 }
 
-}  // namespace mla
+}  // namespace mla::many_rows

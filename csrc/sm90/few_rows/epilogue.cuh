@@ -1,0 +1,167 @@
+// A split's end: the consumers' outputs become one, each finishes its half of the columns, and it goes to
+// memory as a float32 partial for the merge or as final rows in q's dtype.
+//
+// A half of the output is four tiles of 64 columns x kRows query rows as wgmma leaves them: element 4 i + 2 h
+// + e is of column 16 warp + lane / 4 + 8 h and of row 8 i + 2 (lane % 4) + e. So is the softmax's: see
+// there.
+#pragma once
+
+#include "../partial.cuh"
+#include "../rows.cuh"
+#include "softmax.cuh"
+#include "storage.cuh"
+
+namespace mla::few_rows {
+
+template <int kRows>
+using HalfOutput = float[kTilesHalfV][kRows / 2];
+
+// A query row over both consumers: the larger of their maxima, and the sum of all weights relative to it.
+template <int kRows>
+struct RowTotal {
+    float max;
+    float weight[kConsumers];  // by which a consumer's weights count
+    float sum = 0.f;
+
+    __device__ RowTotal(const Storage<kRows>& shared, int row) {
+        max = fmaxf(shared.max[0][row], shared.max[1][row]);
+        const float offset = max == -INFINITY ? 0.f : max;
+#pragma unroll
+        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            weight[consumer] = ptx::exp2_approx(shared.max[consumer][row] - offset);
+#pragma unroll
+            for (int warp = 0; warp < kWarps; ++warp)
+                sum += shared.sum[consumer][warp][row] * weight[consumer];
+        }
+    }
+    __device__ float inverse() const { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
+    __device__ float log_sum_exp(float empty) const { return sum == 0.f ? empty : max * kLn2 + __logf(sum); }
+};
+
+// By what a thread scales, for each of its rows, its consumer's output and the other's.
+template <int kRows>
+struct Normalizer {
+    float of_own[kRows / 4];
+    float of_other[kRows / 4];
+
+    __device__ Normalizer(const Storage<kRows>& shared, int consumer) {
+#pragma unroll
+        for (int v = 0; v < kRows / 4; ++v) {
+            const RowTotal<kRows> total(shared, row_of_value(v));
+            const float inverse = total.inverse();
+            of_own[v] = inverse * (consumer == 0 ? total.weight[0] : total.weight[1]);
+            of_other[v] = inverse * (consumer == 0 ? total.weight[1] : total.weight[0]);
+        }
+    }
+};
+
+// Adds the other consumer's output in this one's columns to `own`, and hands over this one's in the other's.
+template <int kRows>
+__device__ inline void join_halves(Storage<kRows>& shared, const Normalizer<kRows>& normalizer, int consumer,
+                                   HalfOutput<kRows>& own, const HalfOutput<kRows>& others) {
+    const int thread = threadIdx.x % kWarpgroup;
+    auto* to_other = reinterpret_cast<float4*>(shared.scratch[consumer]) + thread;
+    const auto* from_other = reinterpret_cast<const float4*>(shared.scratch[1 - consumer]) + thread;
+#pragma unroll
+    for (int i = 0; i < kRows / 2; i += kScratchRows / 2) {
+        if (i > 0) sync_consumers();  // what was handed over before has been read
+#pragma unroll
+        for (int t = 0; t < kTilesHalfV; ++t) {
+            const float* v = &others[t][i];
+            to_other[2 * t * kWarpgroup] = make_float4(v[0], v[1], v[2], v[3]);
+            to_other[(2 * t + 1) * kWarpgroup] = make_float4(v[4], v[5], v[6], v[7]);
+        }
+        sync_consumers();
+#pragma unroll
+        for (int t = 0; t < kTilesHalfV; ++t) {
+            const float4 low = from_other[2 * t * kWarpgroup], high = from_other[(2 * t + 1) * kWarpgroup];
+            const float other[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int value = (i + j) / 4 * 2 + j % 2;
+                own[t][i + j] =
+                    own[t][i + j] * normalizer.of_own[value] + other[j] * normalizer.of_other[value];
+            }
+        }
+    }
+}
+
+template <int kRows>
+__device__ inline void store_partial(const Partial& partial, int rows, const HalfOutput<kRows>& own,
+                                     int consumer) {
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    const int first_group = (consumer * kColumnsHalfV + 16 * warp) / kGroupColumns;
+    const int at = lane % 4 * 2 * kGroupColumns + lane / 4;
+#pragma unroll
+    for (int octet = 0; octet < kRows / kOctetRows; ++octet) {
+        if (octet * kOctetRows >= rows) break;
+        float* group = partial.group(octet, first_group) + at;
+#pragma unroll
+        for (int t = 0; t < kTilesHalfV; ++t)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int from = (t * kTileColumns + 8 * h) * kOctetRows;
+                group[from] = own[t][4 * octet + 2 * h];
+                group[from + kGroupColumns] = own[t][4 * octet + 2 * h + 1];
+            }
+    }
+}
+
+template <typename T, int kRows>
+__device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging) {
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRows / 2; i += 8) {
+        const int row = 2 * i + lane / 16 * 8 + lane % 8;
+        const int first = (16 * warp + lane / 8 % 2 * 8) * 2 + rotation(row);
+#pragma unroll
+        for (int t = 0; t < kTilesHalfV; ++t) {
+            const float* v = &own[t][i];
+            const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
+                                         pack(v[6], v[7], T())};
+            ptx::store_columns(staging + row * kSegmentBytes + (first + t * kRowBytes) % kSegmentBytes,
+                               matrices);
+        }
+    }
+}
+
+// A thread a row.
+template <int kRows>
+__device__ inline void store_lse(const DecodeParams& params, const Storage<kRows>& shared,
+                                 const SplitPlace& place, const RowTile& tile, const Split& split) {
+    if (threadIdx.x >= kRows) return;
+    const Row row = row_of(params, tile, split, threadIdx.x);
+    if (!row.valid) return;
+    const RowTotal<kRows> total(shared, threadIdx.x);
+    if (place.is_partial()) {
+        Partial(params, tile, place, place.index).lse[threadIdx.x] = total.log_sum_exp(-INFINITY);
+    } else {
+        *lse_of(params, split.seq, row) = total.log_sum_exp(INFINITY);
+    }
+}
+
+// Stores a consumer's half of a split's result.
+template <typename T, int kRows>
+__device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
+                                    const Split& split, int consumer, const OnlineSoftmax<kRows>& softmax,
+                                    HalfOutput<kRows>& own, const HalfOutput<kRows>& others) {
+    softmax.publish(shared.sum[consumer], shared.max[consumer]);
+    sync_consumers();  // also: what was staged for the split before has been copied
+    const SplitPlace place(params, shared.plan, split);
+    const Normalizer<kRows> normalizer(shared, consumer);
+    store_lse<kRows>(params, shared, place, tile, split);
+    join_halves<kRows>(shared, normalizer, consumer, own, others);
+    if (place.is_partial()) {
+        store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
+                             consumer);
+        arrive(params, shared.plan, shared.tickets, split, place, consumer);
+        return;
+    }
+    uint8_t* staging = shared.scratch[1 - consumer];  // what the other handed over
+    sync_warpgroup(consumer);                         // has been read
+    stage_rows<T, kRows>(own, staging);
+    sync_warpgroup(consumer);
+    copy_rows<T>(params, tile, split, staging, consumer * kColumnsHalfV);
+}
+
+}  // namespace mla::few_rows

@@ -1,0 +1,36 @@
+// What lies where in the shared memory of the kernel for many rows, and who waits for whom.
+#pragma once
+
+#include "../arrivals.cuh"
+#include "../merge.cuh"
+#include "../tiles.cuh"
+
+namespace mla::many_rows {
+
+enum Consumer { kLeft = 0, kRight = 1 };
+
+// Each V half of a page is given back by the warpgroup that multiplies it, the rope tile once the weights
+// that took its place are read.
+struct Storage {
+    static constexpr bool kQueryHasBarrier = false;  // it comes under those of its first page
+
+    alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
+    alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
+    // From the first consumer to the second, a float2 for each thread's two rows: by how much to scale the
+    // output before the page is added, and after the last.
+    float2 scale[kStages][kWarpgroup];
+    float2 normalizer[kStages][kWarpgroup];
+    Tickets tickets;
+    PartPlan plan;
+    uint64_t q_empty;
+    PageBarriers pages;
+    uint64_t weights_full[kStages];
+    uint64_t normalizer_full[kStages];
+
+    __device__ MergeScratch& merge_scratch(int consumer) {  // the query is not needed any more
+        return reinterpret_cast<MergeScratch*>(q)[consumer];
+    }
+};
+static_assert(sizeof(Storage) <= kMaxSharedBytes);
+
+}  // namespace mla::many_rows

@@ -1,0 +1,28 @@
+// Numbers: pairs of 16-bit values, and the factors between natural and binary logarithms.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace mla {
+
+constexpr float kLn2 = 0.69314718055994531f;
+constexpr float kLog2E = 1.44269504088896341f;
+
+// The running maximum of an online softmax follows the true one only when that outgrows it by 2^kSlack:
+// weights stay below 2^kSlack, exact all the same, and most pages leave the output as it is.
+constexpr float kSlack = 8.f;
+
+__device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline uint32_t pack(float low, float high, __half) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+}  // namespace mla
