@@ -93,7 +93,7 @@ def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
     out = torch.empty_like(inputs.q_nope)
 
     def step() -> None:
-        plan_into(inputs.cache_seqlens, metadata, num_splits, chunk_level(case.h_q))
+        plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q))
         flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
 
     step()

@@ -220,7 +220,7 @@ def test_replayed_graph_follows_new_lengths(plan_in_graph):
 
     def step() -> None:
         if plan_in_graph:
-            plan_into(static.cache_seqlens, *plan)
+            plan_into(static.cache_seqlens, *plan, 16)
         q = (static.q_nope, static.q_pe)
         flash_mla_decode(
             *q, static.k_cache, static.block_table, static.cache_seqlens, *plan, SCALE, False, out, lse
@@ -238,7 +238,7 @@ def test_replayed_graph_follows_new_lengths(plan_in_graph):
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
         if not plan_in_graph:
-            plan_into(static.cache_seqlens, *plan)
+            plan_into(static.cache_seqlens, *plan, 16)
         graph.replay()
         eager = run(case, fresh)
         assert torch.equal(out, eager[0])

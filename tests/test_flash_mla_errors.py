@@ -176,9 +176,9 @@ def test_plan_buffers_of_another_batch_are_refused():
     lengths = torch.tensor([5, 6], dtype=torch.int32)
     metadata = torch.zeros(16, 8, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"num_splits: got shape \(5,\), expected \(3,\)"):
-        plan_into(lengths, metadata, torch.zeros(5, dtype=torch.int32))
+        plan_into(lengths, metadata, torch.zeros(5, dtype=torch.int32), 16)
     with pytest.raises(ValueError, match=r"tile_scheduler_metadata: got shape \(16, 4\)"):
-        plan_into(lengths, metadata[:, :4], torch.zeros(3, dtype=torch.int32))
+        plan_into(lengths, metadata[:, :4], torch.zeros(3, dtype=torch.int32), 16)
 
 
 def test_plan_made_at_the_first_call_is_for_one_shape_and_its_lengths():

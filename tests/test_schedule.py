@@ -21,6 +21,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     START_COST,
     Field,
     ceil_div,
+    is_few,
     partial_rows,
     partial_slots,
     plan,
@@ -218,8 +219,8 @@ def test_plan_into_fills_the_buffers_in_place():
     """Known failure 1: a replayed graph reads the addresses that it was captured with."""
     lengths = torch.tensor([0, 5000, 64], dtype=torch.int32)
     metadata, num_splits = torch.full((16, 8), -7, dtype=torch.int32), torch.full((4,), -7, dtype=torch.int32)
-    plan_into(lengths, metadata, num_splits)
-    want = plan(lengths.tolist(), 16)
+    plan_into(lengths, metadata, num_splits, rows_per_kv_head=16)
+    want = plan(lengths.tolist(), 16, few_rows=True)
     assert torch.equal(metadata, want[0])
     assert torch.equal(num_splits, want[1])
 
@@ -259,17 +260,18 @@ def test_a_plan_with_a_wrong_word_is_refused_on_the_cpu(column):
         check_values(*tensors, metadata, num_splits)
 
 
-def assert_kernel_plans_the_same(lengths: list[int], parts: int, *mode: int | bool) -> None:
-    """`mode`: chunk_level and few_rows."""
+def assert_kernel_plans_the_same(lengths: list[int], parts: int, rows: int, chunk_level: int) -> None:
     metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
     num_splits = torch.full((len(lengths) + 1,), -7, dtype=torch.int32, device="cuda")
-    plan_into(torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, *mode)
-    want = plan(lengths, parts, *mode)
-    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, mode)
-    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, mode)
+    plan_into(
+        torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, rows, chunk_level
+    )
+    want = plan(lengths, parts, chunk_level, is_few(rows))
+    assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, rows, chunk_level)
+    assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, rows, chunk_level)
 
 
-MODES = [(0, False), (0, True), (1, False), (2, False)]
+MODES = [(128, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
 
 
 @pytest.mark.gpu

@@ -311,7 +311,7 @@ def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invaria
     monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[3:]))
     builder, _ = make_builder(monkeypatch)
     assert build_decode(builder, [0, 1, 2], 2).batch_invariant == invariant
-    assert planned_with == [(chunk_level(16) if invariant else 0, True)], "16 rows are few"
+    assert planned_with == [(16, chunk_level(16) if invariant else 0)]
 
 
 def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):
@@ -368,7 +368,7 @@ def make_layer_and_step(lengths: list[int], block_table: list[list[int]], *queri
     layer.kv_lora_rank, layer.qk_rope_head_dim, layer.scale = 512, 64, 576**-0.5
     seq_lens, table = (torch.tensor(values, dtype=torch.int32) for values in (lengths, block_table))
     buffers = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    metadata.plan_into(seq_lens, *buffers)
+    metadata.plan_into(seq_lens, *buffers, 4)
     decode = metadata.FlashMLADecodeMetadata(table, seq_lens, None, *buffers, *queries, False)
     return layer, SimpleNamespace(decode=decode, num_decodes=len(lengths))
 

@@ -58,10 +58,12 @@ def record(monkeypatch):
         record.steps.append(build(self, *args, **kwargs))
         return record.steps[-1]
 
-    def watched_plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, *mode):
-        plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, *mode)
+    def watched_plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, rows, level):
+        plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, rows, level)
         record.planned.append(cache_seqlens.tolist())
-        expected = schedule.plan(record.planned[-1], tile_scheduler_metadata.shape[0], *mode)
+        expected = schedule.plan(
+            record.planned[-1], tile_scheduler_metadata.shape[0], level, schedule.is_few(rows)
+        )
         got = (tile_scheduler_metadata.cpu(), num_splits.cpu())
         record.plan_is_right.append(all(map(torch.equal, got, expected)))
         record.addresses.append((tile_scheduler_metadata.data_ptr(), num_splits.data_ptr()))

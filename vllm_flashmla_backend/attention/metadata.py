@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 from ..flash_mla.chunks import chunk_level
 from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
-from ..flash_mla.schedule import METADATA_WIDTH, is_few
+from ..flash_mla.schedule import METADATA_WIDTH
 from .compat import vllm_flashmla_backend
 
 
@@ -115,7 +115,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         parts = num_parts(self.device, rows, 1)
         tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
         num_splits = self.num_splits[: batch + 1]
-        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, self.chunk_level, is_few(rows))
+        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, self.chunk_level)
         return FlashMLADecodeMetadata(
             **vars(decode),
             tile_scheduler_metadata=tile_scheduler_metadata,

@@ -187,8 +187,8 @@ def plan_launches(timer: Timer, device: torch.device) -> list[dict]:
         metadata = cache_seqlens.new_empty(num_parts(device, 16, 1), METADATA_WIDTH)
         num_splits = cache_seqlens.new_empty(b + 1)
         tensors = (cache_seqlens, metadata, num_splits)
-        plan_into(*tensors, few_rows=True)
-        call = capture(lambda tensors=tensors: plan_into(*tensors, few_rows=True))
+        plan_into(*tensors, 16)
+        call = capture(lambda tensors=tensors: plan_into(*tensors, 16))
         timer.take_turns([call])
         rows.append({"b": b, "us": round(median(call.us), 2), "must_us": must_us})
     return rows

@@ -104,9 +104,7 @@ def get_mla_metadata(
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
     level = chunks.chunk_level(num_heads_q // num_heads_k) if batch_invariant else 0
-    plan_into(
-        cache_seqlens, tile_scheduler_metadata, num_splits, level, schedule.is_few(num_heads_per_head_k)
-    )
+    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, num_heads_per_head_k, level)
     return tile_scheduler_metadata, num_splits
 
 
@@ -114,8 +112,8 @@ def plan_into(
     cache_seqlens: torch.Tensor,
     tile_scheduler_metadata: torch.Tensor,
     num_splits: torch.Tensor,
+    rows_per_kv_head: int,
     chunk_level: int = 0,
-    few_rows: bool = False,
 ) -> None:
     """Plan one decode step into existing buffers; on a GPU a kernel does it and nothing waits.
 
@@ -124,8 +122,8 @@ def plan_into(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     tile_scheduler_metadata : (parts, 8) int32, written; `parts` is what `num_parts` returned.
     num_splits : (b + 1,) int32, written.
+    rows_per_kv_head : query rows that share a KV head, `s_q * h_q // h_kv`.
     chunk_level : for a batch-invariant plan, `chunks.chunk_level` of the heads that share a KV head.
-    few_rows : what `schedule.is_few` says of the query rows that share a KV head.
 
     Raises
     ------
@@ -139,6 +137,7 @@ def plan_into(
     check_plan_buffers(tile_scheduler_metadata, num_splits, parts, cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
+    few_rows = schedule.is_few(rows_per_kv_head)
     provider_with(device, chunk_level).plan(
         cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows
     )
