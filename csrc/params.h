@@ -11,7 +11,7 @@
 namespace mla {
 
 constexpr int kPageSize = 64;      // tokens in a page of the KV cache
-constexpr int kTileRows = 64;      // query rows a thread block works on: wgmma's M
+constexpr int kTileRows = 64;      // query rows a thread block works on, at most
 constexpr int kHeadDim = 576;      // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
 constexpr int kBoxTokens = 32;     // of a page, fetched at a time

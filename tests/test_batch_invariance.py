@@ -65,11 +65,15 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(case, device):
 
 
 def test_the_default_mode_does_not_have_the_same_bits(device):
-    """What the test above would miss if the mode made no difference."""
+    """What the test above would miss if the mode made no difference.
+
+    Weights are rounded relative to a split's own maximum, so other cuts show in the output; the float32 sum
+    of all weights may come out the same.
+    """
     case = Case((4100,) * 12, h_q=16)
     inputs = make_inputs(case, device)
     alone = run(replace(case, lengths=case.lengths[:1]), one_of(inputs, [0]))
-    assert not torch.equal(alone[1][0], run(case, inputs)[1][0])
+    assert not torch.equal(alone[0][0], run(case, inputs)[0][0])
 
 
 def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(device):

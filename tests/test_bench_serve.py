@@ -307,15 +307,15 @@ def test_a_stamp_that_came_late_makes_no_round_fast(stretch, monkeypatch):
     assert (made["ms_per_step"], made["rounds_ms"]) == (2.0, [2.0, 2.0])
 
 
-@pytest.mark.parametrize("ms, rounds_ms", [(14, [2.0, 1.0]), (10, [2.0]), (0, [2.0])])
-def test_round_that_the_rows_time_cuts_off_counts_from_two_stretches_on(ms, rounds_ms, monkeypatch):
+@pytest.mark.parametrize("ms, rounds_ms", [(18, [2.0, 1.0]), (14, [2.0]), (10, [2.0]), (0, [2.0])])
+def test_round_that_the_rows_time_cuts_off_counts_from_three_stretches_on(ms, rounds_ms, monkeypatch):
     """The first round takes 34 ms; the second has `ms`, for steps of 1 ms: 5 before its first stretch."""
     llm = Rounds(monkeypatch, 2.0, 1.0, 0.5)
     kind, made = llm.row(row_seconds=(34 + ms - 0.5) / 1e3)
     assert (kind, made["rounds_ms"], made["ms_per_step"]) == ("rows", rounds_ms, rounds_ms[-1])
-    assert made["steps"] == 12 + 8 * (len(rounds_ms) - 1)
+    assert made["steps"] == 12 * len(rounds_ms)
     assert made["ms_quartiles"][0] == (2.0 if len(rounds_ms) == 1 else 1.0)
-    assert llm.rounds == (2 if ms else 1)
+    assert llm.rounds == {18: 3, 0: 1}.get(ms, 2)  # after 18 ms half of one is left
 
 
 def test_one_round_of_two_stretches_is_a_row(monkeypatch):

@@ -91,6 +91,12 @@ def test_parts_follow_the_heads(monkeypatch, capsys):
         assert f"of {parts} parts busy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("heads, busy", [(16, 64), (32, 64), (33, 128)])
+def test_few_heads_leave_half_of_the_parts_idle_where_pages_are_few(heads, busy, capsys):
+    assert main(["plan", "--lens", "8192", "--heads", str(heads), "--parts", "132"]) == 0
+    assert f"{busy} of 132 parts busy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("heads, level", [(16, 1), (128, 2)])
 def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, level, capsys):
     options = ["--lens", "9000,300", "--parts", "8", "--heads", str(heads)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vllm_flashmla_backend.flash_mla.checks import check_values
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
     FEW_PAGES,
+    FEW_ROWS,
     METADATA_WIDTH,
     PAGE_SIZE,
     START_COST,
@@ -137,12 +140,16 @@ def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_splits_o
     if least_split_length(lengths, parts) >= least:
         assert all(map(torch.equal, many, few))
         return
-    for split in splits_of(few[0], lengths):
-        assert split.page_end - split.page_begin <= max(
-            least, START_COST + least_split_length(lengths, parts)
-        )
-    most_splits = [ceil_div(n, least) for n in taken(lengths)]
-    assert all(n <= most for n, most in zip(few[1].diff().tolist(), most_splits, strict=True))
+    assert few[1].diff().tolist() == [ceil_div(n, least) for n in taken(lengths)]
+    assert all(split.page_end - split.page_begin <= least for split in splits_of(few[0], lengths))
+
+
+def test_planner_and_kernels_agree_on_what_is_few():
+    text = (Path(__file__).parents[1] / "csrc" / "params.h").read_text()
+    constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
+    here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "StartCost": START_COST, "PageSize": PAGE_SIZE}
+    assert {name: int(constants[name]) for name in here} == here
+    assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +233,13 @@ def test_plan_into_fills_the_buffers_in_place():
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.integers(1, 3), st.integers(2, 40))
-def test_merging_any_split_equals_not_splitting(lengths, s_q, parts):
+@given(
+    st.lists(st.integers(0, 700), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(2, 40),
+    st.booleans(),
+)
+def test_merging_any_split_equals_not_splitting(lengths, s_q, parts, few_rows):
     case = Case(tuple(lengths), s_q=s_q, h_q=3, causal=True, dtype=torch.float32)
     inputs = make_inputs(case, torch.device("cpu"))
     results = []
@@ -238,7 +250,7 @@ def test_merging_any_split_equals_not_splitting(lengths, s_q, parts):
             **vars(inputs),
             cu_seqlens_q=None,
             max_query_len=s_q,
-            tile_scheduler_metadata=plan(lengths, count)[0],
+            tile_scheduler_metadata=plan(lengths, count, 0, few_rows)[0],
             out=out,
             lse=lse,
             softmax_scale=SCALE,

@@ -299,8 +299,12 @@ def build_decode(builder, query_begin: list[int], num_decode_tokens: int):
 
 def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch):
     builder, asked = make_builder(monkeypatch, dcp_world_size=4)
+    planned_with = []
+    plan_into = metadata.plan_into
+    monkeypatch.setattr(metadata, "plan_into", lambda *args: planned_with.append(args[3]) or plan_into(*args))
     decode = build_decode(builder, [0, 1, 2], 2)
     assert asked == [16 * 4, 16 * 4]
+    assert planned_with == [16 * 4]
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
 
 

@@ -13,7 +13,8 @@ namespace mla {
 constexpr uint32_t kAllArrived = 1u << 31;
 
 // A counter for each block, used for the sequence that is cut at its part's end. When all have arrived its
-// top bit flips and the rest is zero again: no launch has to reset it.
+// top bit flips and the rest is zero again: no launch has to reset it. Each kernel's source has its own, 1
+// MB.
 __device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
 
 __device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {

@@ -1,8 +1,8 @@
 // Partials: the unmerged float32 results of splits, and how they lie in memory.
 //
 // A tile's rows are stored in octets, and an octet in groups of 8 columns: the group's values of one row,
-// then of the next. So a warp of the decode, whose threads hold 8 rows x 8 columns of the output, stores 256
-// bytes in a line, and so does a warp of the merge load them.
+// then of the next. So a warp with many rows, whose threads hold 8 rows x 8 columns of the output, stores 256
+// bytes in a line, one with few rows four of its 8 sectors at a time, and a warp of the merge loads lines.
 #pragma once
 
 #include "tiles.cuh"

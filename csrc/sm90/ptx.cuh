@@ -1,4 +1,4 @@
-// The PTX that the decode kernel needs, but for its products (wgmma.cuh): mbarriers, signals between blocks,
+// The PTX that the decode kernels need, but for its products (wgmma.cuh): mbarriers, signals between blocks,
 // bulk tensor copies, transposing stores, register hand-over, approximate functions.
 #pragma once
 

@@ -38,7 +38,6 @@ __device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile
         *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) = *reinterpret_cast<const uint4*>(
             staging + row * kSegmentBytes + (at + rotation(row)) % kSegmentBytes);
     }
-    ptx::fence_async_proxy();  // these reads come before the copy engine's next writes
 }
 
 }  // namespace mla

@@ -27,7 +27,7 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 constexpr int kMaxSharedBytes = 227 * 1024;  // a thread block's
 
-// How a block's share of the work is cut and merged; a kernel of its own for each.
+// How a block's share of the work is cut and merged.
 enum class Mode { kSplits, kBatchInvariant /* in chunks */ };
 
 constexpr int kConsumers = 2;                            // warpgroups

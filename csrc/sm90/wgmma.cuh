@@ -27,9 +27,9 @@ __device__ inline void pin(float (&accumulator)[kCount]) {
 }
 
 // Low word of a shared-memory matrix descriptor: where a 128-byte swizzled tile of 64 16-bit columns begins,
-// in units of 16 bytes. leading_bytes: from one 64-column tile to the next, where the product runs along
-// columns (V); else unused. The high word is the same for all: swizzle, and 1,024 bytes from one atom of 8
-// rows to the next.
+// in units of 16 bytes. leading_bytes: from one 64-column tile to the next, where a product spans several
+// along columns (V with many rows); else unused. The high word is the same for all: swizzle, and 1,024 bytes
+// from one atom of 8 rows to the next.
 __device__ inline uint32_t descriptor(const void* smem, uint32_t leading_bytes) {
     return (leading_bytes >> 4) << 16 | (ptx::smem_address(smem) & 0x3FFFF) >> 4;
 }

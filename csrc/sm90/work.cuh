@@ -6,8 +6,8 @@
 
 namespace mla {
 
-// The block's 64 rows of one KV head: `tokens_per_tile` query tokens with `heads_per_tile` heads each, in
-// this order. What lies past the head group or the query is padding, at the end.
+// The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
+// in this order. What lies past the head group or the query is padding, at the end.
 struct RowTile {
     int first_token;
     int first_head;  // of all heads

@@ -32,7 +32,8 @@ WARM_STEPS = 4  # of each round
 STRETCH = 4
 """Steps that are timed together: with asynchronous scheduling short and long ones may take turns."""
 
-LEAST_STRETCHES = 2  # of a round that counts; one that the row's time cut off may have fewer
+ENOUGH_STRETCHES = 3  # of a round, so that its median leaves out one that a late stamp made short
+LEAST_STRETCHES = 2  # where the row's time, or `--steps`, allows no round more
 
 PAGE_TOKENS = 64  # room that is kept past a row's last token
 CPU_CACHE_BYTES = 64 << 20
@@ -134,12 +135,18 @@ def measure_row(llm: LLM, job: Job, row: dict) -> None:
         reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
         return say("skipped", row | {"reason": reason})
     timed = [stretches(stamps) for stamps in rounds(llm, job, row["b"], row["context"])]
-    counted = [times for times in timed if len(times) >= LEAST_STRETCHES]
+    counted = rounds_that_count(timed)
     if not counted:  # the row's time cut off the first round, so there is no other
         steps, least = STRETCH * len(timed[0]), STRETCH * LEAST_STRETCHES
         reason = f"{steps} steps in {job.row_seconds:g} s, expected at least {least}"
         return say("skipped", row | {"reason": reason})
     say("rows", row | row_times(counted))
+
+
+def rounds_that_count(timed: list[list[float]]) -> list[list[float]]:
+    """The rounds with enough stretches, or where none has so many, with the least that make a median."""
+    enough = [times for times in timed if len(times) >= ENOUGH_STRETCHES]
+    return enough or [times for times in timed if len(times) >= LEAST_STRETCHES]
 
 
 def row_times(timed: list[list[float]]) -> dict:

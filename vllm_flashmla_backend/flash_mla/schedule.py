@@ -8,9 +8,9 @@ A *part* is one resident worker (a thread block on the GPU). Its share of the pl
 of pages in batch order: it may finish a sequence begun by the part before it, decode whole
 sequences, and begin a sequence that the next part goes on with. A part's piece of one sequence
 is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
-in one of two ways, the cheaper: `_a_split_a_part` or `_on_a_line`. The batch-invariant mode has a
-layout of its own, `_in_chunks`, and keeps the partial result of a chunk at sequence × most_chunks + chunk,
-whatever slot the plan says.
+in one of two ways: `_a_split_a_part` where that costs no more, else `_on_a_line`. The batch-invariant
+mode has a layout of its own, `_in_chunks`, and keeps the partial result of a chunk at
+sequence × most_chunks + chunk, whatever slot the plan says.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def _a_split_a_part(pages: Sequence[int], parts: int, most: int, few_rows: bool)
     The length is the least with which the parts are enough; None if that is above `most`. The worst
     part costs `length` pages and a start. `most` is a share of all pages and a start for each
     sequence: with more sequences than parts no length will do, with fewer none below most - START_COST.
-    With few rows the length is also at least a share for half of the parts, up to FEW_PAGES.
+    With few rows no length is less than a share for half of the parts, or FEW_PAGES if that is less; `most`
+    gives way to it.
     """
     taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
     half = max(1, parts // 2)

@@ -53,7 +53,7 @@ __device__ inline void store_weights(const float (&scores)[kRows / 2], uint8_t* 
 // Starts output (256 columns, kRows) += v^T weights^T, of four tiles of the page.
 template <typename T, int kRows>
 __device__ inline void start_output(const void* v_tiles, const void* weights, HalfOutput<kRows>& output) {
-    const uint32_t v = wgmma::descriptor(v_tiles, kTileBytes), w = wgmma::descriptor(weights, 0);
+    const uint32_t v = wgmma::descriptor(v_tiles, 0), w = wgmma::descriptor(weights, 0);
 #pragma unroll
     for (int t = 0; t < kTilesHalfV; ++t) wgmma::pin(output[t]);
     wgmma::fence();

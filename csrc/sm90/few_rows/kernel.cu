@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 Launchable kernel_for(const DecodeParams& params) {
-    if (params.query_len * params.heads_per_group <= 16) return {decode_kernel<T, 16>, sizeof(Storage<16>)};
+    constexpr int kHalf = kFewRows / 2;
+    if (params.query_len * params.heads_per_group <= kHalf)
+        return {decode_kernel<T, kHalf>, sizeof(Storage<kHalf>)};
     return {decode_kernel<T, kFewRows>, sizeof(Storage<kFewRows>)};
 }
 

@@ -68,7 +68,7 @@ class OnlineSoftmax {
         }
     }
 
-    // Hands over what finish() needs of this consumer, after its last page. Both consumers meet behind it.
+    // Hands over what RowTotal needs of this consumer, after its last page. Both consumers meet behind it.
     __device__ void publish(OfWarps& sum, float (&max)[kRows]) const {
         const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll

@@ -190,12 +190,12 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
 }
 
 // Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
-template <typename T, Mode kMode>
+template <typename T>
 __device__ inline void finish_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                     const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
-    const bool exchanged = kMode == Mode::kSplits && is_exchange(params, shared.plan, place);
+    const bool exchanged = is_exchange(params, shared.plan, place);
     const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
@@ -246,7 +246,7 @@ __device__ inline void consume(const DecodeParams& params, Storage& shared, cons
     if constexpr (kMode == Mode::kBatchInvariant) {
         finish_chunk<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
     } else {
-        finish_split<T, kMode>(params, shared, tile, split, consumer, v_tiles, scale, output);
+        finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
     }
     if (split.is_empty()) return;
     warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);

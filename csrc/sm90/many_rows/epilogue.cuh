@@ -54,6 +54,7 @@ __device__ inline void store_rows(const DecodeParams& params, const RowTile& til
     stage_rows<T>(output, scale, v_tiles);
     sync_warpgroup(consumer);
     copy_rows<T>(params, tile, split, v_tiles, consumer * kColumnsHalfV);
+    ptx::fence_async_proxy();  // these reads come before the copy engine's next writes
 }
 
 // Rows of a sequence without keys.
