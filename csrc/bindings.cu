@@ -265,6 +265,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .num_row_tiles = static_cast<int>(tiling.num_row_tiles),
         .first_row_tile = 0,
         .arrivals_slot = 0,
+        .spreads_parts = false,
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
         .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};

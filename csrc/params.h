@@ -81,6 +81,7 @@ struct DecodeParams {
     int num_row_tiles;   // over all KV heads
     int first_row_tile;  // of this launch
     int arrivals_slot;   // which of the kernel's sets of arrival counters this launch uses
+    bool spreads_parts;  // work.cuh's part_of_block
     bool causal;
     float softmax_scale;
     DType dtype;

@@ -30,7 +30,7 @@ from vllm_flashmla_backend.flash_mla import (
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, is_few
+from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, is_few, plan
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -173,6 +173,20 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
     assert num_splits.diff().tolist() == [splits] * len(case.lengths)
     assert_agree(run(case, inputs), expected(case, inputs))
+
+
+@pytest.mark.parametrize("h_q", [16, 32])
+def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h_q, device):
+    """A plan made for many rows is right for few, too: with a page a part one of its consumers has none."""
+    parts = num_parts(device, h_q, 1)
+    case = Case((parts * PAGE_SIZE - 5,), h_q=h_q)
+    inputs = make_inputs(case, device)
+    metadata, num_splits = plan(case.lengths, parts)
+    assert num_splits.tolist() == [0, parts]
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    buffers = nan_results(case, device)
+    got = flash_mla_decode(*tensors, metadata.to(device), num_splits.to(device), SCALE, case.causal, *buffers)
+    assert_agree(got, expected(case, inputs))
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ constexpr uint32_t kAllArrived = 1u << 31;
 __device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
 
 __device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {
-    return &g_arrivals[params.arrivals_slot][(blockIdx.y - place.index) * gridDim.x + blockIdx.x];
+    return &g_arrivals[params.arrivals_slot][(part_of_block(params) - place.index) * gridDim.x + blockIdx.x];
 }
 
 // What a consumer's arrivals found in the counters: of the part's first sequence and of its last.

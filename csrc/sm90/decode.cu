@@ -11,13 +11,13 @@ namespace {
 
 // By shapes alone: a captured graph is replayed with other lengths. The batch-invariant mode has one kernel,
 // as the longest query of a batch must not choose what decodes the others.
-Launchable kernel_for(const DecodeParams& params) {
-    const bool is_few = params.query_len * params.heads_per_group <= kFewRows && params.chunk_level == 0;
-    return is_few ? few_rows_kernel(params) : many_rows_kernel(params);
+bool has_few_rows(const DecodeParams& params) {
+    return params.query_len * params.heads_per_group <= kFewRows && params.chunk_level == 0;
 }
 
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
-    const auto [kernel, shared_bytes] = kernel_for(params);
+    const auto [kernel, shared_bytes] =
+        has_few_rows(params) ? few_rows_kernel(params) : many_rows_kernel(params);
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     cudaLaunchAttribute cooperative;
@@ -46,6 +46,7 @@ void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStrea
                                   ? params.num_row_tiles
                                   : std::max(1, std::min(sms, kMaxBlocks) / params.num_parts);
     DecodeParams launched = params;
+    launched.spreads_parts = has_few_rows(params);
     for (int first = 0; first < params.num_row_tiles; first += tiles_at_once) {
         const int tiles = std::min(tiles_at_once, params.num_row_tiles - first);
         launched.first_row_tile = first;

@@ -6,6 +6,14 @@
 
 namespace mla {
 
+// Which part a block works on. Blocks 2 k and 2 k + 1 run on the two SMs that share a way to memory: where
+// plans may leave the last half of the parts idle, the busy ones are spread over every second block.
+__device__ inline int part_of_block(const DecodeParams& params) {
+    const int block = blockIdx.y;
+    if (!params.spreads_parts) return block;
+    return block % 2 == 0 ? block / 2 : (params.num_parts + 1) / 2 + block / 2;
+}
+
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
 // in this order. What lies past the head group or the query is padding, at the end.
 struct RowTile {
@@ -120,7 +128,7 @@ struct SplitPlace {
 
     __device__ SplitPlace(const DecodeParams& params, const PartPlan& plan, const Split& split) {
         const bool is_first = split.seq == plan.first_seq;
-        const int part = blockIdx.y;
+        const int part = part_of_block(params);
         index = is_first ? max(0, min(plan.first_split, part)) : 0;
         num_splits = is_first ? plan.first_splits : split.seq == plan.last_seq ? plan.last_splits : 1;
         num_splits = max(index + 1, min(num_splits, params.num_parts - part + index));

@@ -14,7 +14,7 @@ namespace mla::many_rows {
 __device__ inline bool is_exchange(const DecodeParams& params, const PartPlan& plan,
                                    const SplitPlace& place) {
     if (place.num_splits != 2 || plan.first_seq != plan.last_seq) return false;
-    const int other = blockIdx.y + (place.index == 0 ? 1 : -1);
+    const int other = part_of_block(params) + (place.index == 0 ? 1 : -1);
     return other >= 0 && other < params.num_parts &&
            params.parts[other].first_seq == params.parts[other].last_seq;
 }

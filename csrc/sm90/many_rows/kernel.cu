@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const RowTile tile(params, params.first_row_tile + blockIdx.x);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
-        shared.plan = params.parts[blockIdx.y];
+        shared.plan = params.parts[part_of_block(params)];
     } else if (thread == kWarpgroup) {
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
