@@ -76,7 +76,7 @@ def main() -> None:
         nargs="+",
         type=Path,
         metavar="FILE.so",
-        help="the builds, the first of which the others are compared with",
+        help="the builds; the first is what others are compared with",
     )
     parser.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
     parser.add_argument("--heads", type=numbers, metavar="N,N,…", help="only cases of so many heads")
