@@ -60,13 +60,6 @@ __device__ inline void init_page_barriers(PageBarriers& pages) {
     }
 }
 
-// The copy engine's views, which its first copies would otherwise wait for.
-__device__ inline void prefetch_maps(const DecodeMaps& maps) {
-    ptx::prefetch_map(maps.k);
-    ptx::prefetch_map(maps.q_nope);
-    ptx::prefetch_map(maps.q_pe);
-}
-
 // Arrives once for each warp, after all of its lanes are done.
 __device__ inline void warp_arrive(uint64_t* barrier) {
     __syncwarp();

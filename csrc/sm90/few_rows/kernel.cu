@@ -2,8 +2,8 @@
 // all of them and one part of the plan, and merges its share of what several parts worked on. The products
 // are transposed: keys, or columns of V, lie along wgmma's 64, the 16 or 32 rows along its narrow side, so
 // that little is multiplied in vain and a query, an output and the code that handles them are small.
+#include "../block.cuh"
 #include "../kernels.h"
-#include "../loader.cuh"
 #include "consumers.cuh"
 
 namespace mla {
@@ -21,34 +21,16 @@ __device__ void init_barriers(Storage<kRows>& shared) {
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
-    extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
-    auto& shared = *reinterpret_cast<Storage<kRows>*>(shared_memory);
-    const RowTile tile(params, params.first_row_tile + blockIdx.x);
-    const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
-    if (thread == 0) {
-        shared.plan = params.parts[part_of_block(params)];
-    } else if (thread == 2 * kWarpgroup) {
-        if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
-        prefetch_maps(maps);
-        init_barriers(shared);
-    }
-    __syncthreads();
-
-    if (warpgroup == kConsumers) {
-        ptx::give_registers<kProducerRegisters>();
-        if (thread != 2 * kWarpgroup) return;
-        Loader<Storage<kRows>> loader(params, maps, shared);
-        for_each_split<Mode::kSplits>(params, shared.plan, tile,
-                                      [&](const Split& split) { loader.load(tile, split); });
-        return;
-    }
-    ptx::take_registers<kConsumerRegisters>();
-    ConsumerState state;
-    for_each_split<Mode::kSplits>(params, shared.plan, tile, [&](const Split& split) {
-        consume<T, kRows>(params, shared, tile, split, warpgroup, state);
-    });
-    merge_splits<T, 2>(params, shared.plan, shared.tickets, tile, warpgroup, shared.merge_scratch(warpgroup),
-                       [](const SplitPlace&) { return false; });
+    const auto consume_split = [&](Storage<kRows>& shared, const RowTile& tile, const Split& split,
+                                   int consumer, ConsumerState& state) {
+        consume<T, kRows>(params, shared, tile, split, consumer, state);
+    };
+    const auto merge = [&](Storage<kRows>& shared, const RowTile& tile, int consumer) {
+        merge_splits<T, 2>(params, shared.plan, shared.tickets, tile, consumer,
+                           shared.merge_scratch(consumer), [](const SplitPlace&) { return false; });
+    };
+    run_block<Storage<kRows>, ConsumerState, Mode::kSplits>(params, maps, init_barriers<kRows>, consume_split,
+                                                            merge);
 }
 
 template <typename T>

@@ -1,0 +1,47 @@
+// A thread block of the decode: two consumer warpgroups that walk the splits of the block's part and merge
+// them at the end, and a producer whose one thread walks the same splits ahead of them.
+#pragma once
+
+#include "loader.cuh"
+
+namespace mla {
+
+// Storage: the kernel's shared memory; State: what a consumer keeps from one split to the next.
+// Called are `init_barriers(shared)` by one thread, and by each consumer `consume(shared, tile, split,
+// consumer, state)` for each split and `merge(shared, tile, consumer)` after the last.
+template <typename Storage, typename State, Mode kMode, typename InitBarriers, typename Consume,
+          typename Merge>
+__device__ inline void run_block(const DecodeParams& params, const DecodeMaps& maps,
+                                 InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
+    extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
+    Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
+    const RowTile tile(params, params.first_row_tile + blockIdx.x);
+    const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
+    if (thread == 0) {
+        shared.plan = params.parts[part_of_block(params)];
+    } else if (thread == kWarpgroup) {
+        if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
+        init_barriers(shared);
+    } else if (thread == 2 * kWarpgroup) {
+        ptx::prefetch_map(maps.k);
+        ptx::prefetch_map(maps.q_nope);
+        ptx::prefetch_map(maps.q_pe);
+    }
+    __syncthreads();
+
+    if (warpgroup == kConsumers) {
+        ptx::give_registers<kProducerRegisters>();
+        if (thread != 2 * kWarpgroup) return;
+        Loader<Storage> loader(params, maps, shared);
+        for_each_split<kMode>(params, shared.plan, tile,
+                              [&](const Split& split) { loader.load(tile, split); });
+        return;
+    }
+    ptx::take_registers<kConsumerRegisters>();
+    State state;
+    for_each_split<kMode>(params, shared.plan, tile,
+                          [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
+    merge(shared, tile, warpgroup);
+}
+
+}  // namespace mla
