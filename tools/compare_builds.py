@@ -2,8 +2,9 @@
 
     python tools/compare_builds.py OLD/_kernels.so NEW/_kernels.so [--rows 24] [--heads 16,32] [--repeat 11]
 
-A build is a copy of `vllm_flashmla_backend/flash_mla/_kernels.so` whose functions take the same arguments as
-those of this tree. Times of two runs differ by more than most changes do; compare within one only.
+A build is a copy of `vllm_flashmla_backend/flash_mla/_kernels.so`, made by `make env` of this tree or of
+another checkout whose functions take the same arguments. Times of two runs differ by more than most changes
+do; compare within one only.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def line(case: Case, builds: list[Build], rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "builds",
         nargs="+",

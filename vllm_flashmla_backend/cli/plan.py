@@ -161,7 +161,7 @@ def summary(work: list[list[Split]], lengths: list[int]) -> str:
     return (
         f"{count(len(lengths), 'sequence')}, {count(sum(pages), 'page')}; {busy} of "
         f"{count(len(work), 'part')} busy, {count(max(pages), 'page')} at most, "
-        f"{sum(pages) / len(work):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; "
+        f"{sum(pages) / max(1, busy):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; "
         f"{count(cut, 'sequence')} cut, at most into {most}"
     )
 
