@@ -26,11 +26,12 @@ from vllm_flashmla_backend.flash_mla import (
     flash_mla_decode_varlen,
     flash_mla_with_kvcache,
     get_mla_metadata,
+    schedule,
 )
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, is_few, plan
+from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, is_few
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -181,7 +182,7 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
     parts = num_parts(device, h_q, 1)
     case = Case((parts * PAGE_SIZE - 5,), h_q=h_q)
     inputs = make_inputs(case, device)
-    metadata, num_splits = plan(case.lengths, parts)
+    metadata, num_splits = schedule.plan(case.lengths, parts)
     assert num_splits.tolist() == [0, parts]
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     buffers = nan_results(case, device)

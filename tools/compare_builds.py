@@ -10,7 +10,7 @@ do; compare within one only.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from vllm_flashmla_backend.bench.cases import ROWS, Case
 from vllm_flashmla_backend.bench.clock import GpuMonitor
 from vllm_flashmla_backend.bench.inputs import Inputs
 from vllm_flashmla_backend.bench.measure import Timer, measure_case
-from vllm_flashmla_backend.bench.peers import Ours
+from vllm_flashmla_backend.bench.peers import Ours, Step
 from vllm_flashmla_backend.cli.bench import why_not_here
 from vllm_flashmla_backend.cli.results import numbers, require
 from vllm_flashmla_backend.flash_mla import ops
@@ -44,7 +44,7 @@ class Build(Ours):
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
 
-    def prepare(self, inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
+    def prepare(self, inputs: Inputs) -> dict[str, Step]:
         with library(self.path):
             decode = super().prepare(inputs)[""]
 
