@@ -12,6 +12,7 @@ namespace mla::few_rows {
 struct ConsumerState {
     uint32_t page_parity = 0;
     uint32_t query_parity = 0;
+    uint32_t meeting_parity = 0;
     int pages = 0;  // of the part, both consumers' together
 };
 
@@ -167,7 +168,7 @@ __device__ inline void consume(const DecodeParams& params, Storage<kRows>& share
                                    softmax, own, others);
         state.pages += split.page_end - split.page_begin;
     }
-    finish_split<T, kRows>(params, shared, tile, split, consumer, softmax, own, others);
+    finish_split<T, kRows>(params, shared, tile, split, consumer, state.meeting_parity, softmax, own, others);
 }
 
 }  // namespace mla::few_rows

@@ -16,6 +16,14 @@ namespace mla::few_rows {
 template <int kRows>
 using HalfOutput = float[kTilesHalfV][kRows / 2];
 
+// Waits for both consumers, as sync_consumers does, by a barrier that racecheck can follow.
+template <int kRows>
+__device__ inline void meet(Storage<kRows>& shared, uint32_t& parity) {
+    ptx::barrier_arrive(&shared.meeting);
+    ptx::barrier_wait(&shared.meeting, parity);
+    parity ^= 1;
+}
+
 // A query row over both consumers: the larger of their maxima, and the sum of all weights relative to it.
 template <int kRows>
 struct RowTotal {
@@ -58,20 +66,21 @@ struct Normalizer {
 // Adds the other consumer's output in this one's columns to `own`, and hands over this one's in the other's.
 template <int kRows>
 __device__ inline void join_halves(Storage<kRows>& shared, const Normalizer<kRows>& normalizer, int consumer,
-                                   HalfOutput<kRows>& own, const HalfOutput<kRows>& others) {
+                                   uint32_t& meeting_parity, HalfOutput<kRows>& own,
+                                   const HalfOutput<kRows>& others) {
     const int thread = threadIdx.x % kWarpgroup;
     auto* to_other = reinterpret_cast<float4*>(shared.scratch[consumer]) + thread;
     const auto* from_other = reinterpret_cast<const float4*>(shared.scratch[1 - consumer]) + thread;
 #pragma unroll
     for (int i = 0; i < kRows / 2; i += kScratchRows / 2) {
-        if (i > 0) sync_consumers();  // what was handed over before has been read
+        if (i > 0) meet(shared, meeting_parity);  // what was handed over before has been read
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t) {
             const float* v = &others[t][i];
             to_other[2 * t * kWarpgroup] = make_float4(v[0], v[1], v[2], v[3]);
             to_other[(2 * t + 1) * kWarpgroup] = make_float4(v[4], v[5], v[6], v[7]);
         }
-        sync_consumers();
+        meet(shared, meeting_parity);
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t) {
             const float4 low = from_other[2 * t * kWarpgroup], high = from_other[(2 * t + 1) * kWarpgroup];
@@ -143,14 +152,15 @@ __device__ inline void store_lse(const DecodeParams& params, const Storage<kRows
 // Stores a consumer's half of a split's result.
 template <typename T, int kRows>
 __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
-                                    const Split& split, int consumer, const OnlineSoftmax<kRows>& softmax,
-                                    HalfOutput<kRows>& own, const HalfOutput<kRows>& others) {
+                                    const Split& split, int consumer, uint32_t& meeting_parity,
+                                    const OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& own,
+                                    const HalfOutput<kRows>& others) {
     softmax.publish(shared.sum[consumer], shared.max[consumer]);
-    sync_consumers();  // also: what was staged for the split before has been copied
+    meet(shared, meeting_parity);  // also: what was staged for the split before has been copied
     const SplitPlace place(params, shared.plan, split);
     const Normalizer<kRows> normalizer(shared, consumer);
     store_lse<kRows>(params, shared, place, tile, split);
-    join_halves<kRows>(shared, normalizer, consumer, own, others);
+    join_halves<kRows>(shared, normalizer, consumer, meeting_parity, own, others);
     if (place.is_partial()) {
         store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
                              consumer);

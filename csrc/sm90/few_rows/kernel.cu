@@ -14,6 +14,7 @@ template <int kRows>
 __device__ void init_barriers(Storage<kRows>& shared) {
     ptx::barrier_init(&shared.q_full, 1);
     ptx::barrier_init(&shared.q_empty, kConsumers * kWarps);
+    ptx::barrier_init(&shared.meeting, kConsumers * kWarpgroup);
     init_page_barriers(shared.pages);
     ptx::fence_barrier_init();
 }

@@ -28,6 +28,7 @@ struct Storage {
     PartPlan plan;
     uint64_t q_full;
     uint64_t q_empty;
+    uint64_t meeting;  // of all threads of both consumers
     PageBarriers pages;
 
     __device__ MergeScratch& merge_scratch(int consumer) {
