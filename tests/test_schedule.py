@@ -66,6 +66,10 @@ def least_split_length(lengths: list[int], parts: int) -> float:
     return low
 
 
+def is_cut(lengths: list[int], parts: int, few_rows: bool = False) -> bool:
+    return int(plan(lengths, parts, 0, few_rows)[1][-1]) > len(lengths)
+
+
 @given(LENGTHS, PARTS, st.booleans())
 def test_every_page_is_planned_once_and_in_order(lengths, parts, few_rows):
     metadata, _ = plan(lengths, parts, 0, few_rows)
@@ -96,8 +100,18 @@ def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
         for split in splits_of(plan(lengths, parts)[0], lengths):
             pages[split.seq].append(split.page_end - split.page_begin)
         assert all(max(of_seq) - min(of_seq) <= 1 for of_seq in pages), "cut evenly"
-    else:
+    elif is_cut(lengths, parts):
         assert all(shares(lengths, parts)), "no part is idle"
+
+
+@given(st.integers(1, 300), st.integers(0, 40), PARTS)
+def test_equal_sequences_are_not_cut_where_that_costs_no_more(batch, pages, parts):
+    lengths = [pages * PAGE_SIZE] * batch
+    whole = ceil_div(batch, parts) * (START_COST + max(1, pages))
+    fair = ceil_div(batch * (START_COST + max(1, pages)), parts)
+    if batch > parts and whole <= fair + START_COST:
+        assert not is_cut(lengths, parts)
+        assert max(map(len, shares(lengths, parts))) == ceil_div(batch, parts)
 
 
 @given(LENGTHS, PARTS, st.booleans())
@@ -112,13 +126,14 @@ def test_num_splits_counts_the_splits(lengths, parts, few_rows):
 
 
 @given(LENGTHS, PARTS, st.booleans())
-def test_idle_parts_are_marked_and_come_last(lengths, parts, few_rows):
+def test_idle_parts_are_marked_and_come_last_where_sequences_are_cut(lengths, parts, few_rows):
     metadata, _ = plan(lengths, parts, 0, few_rows)
     busy = {split.part for split in splits_of(metadata, lengths)}
-    assert busy == set(range(len(busy)))
+    if is_cut(lengths, parts, few_rows):
+        assert busy == set(range(len(busy)))
     idle = [0] * METADATA_WIDTH
     idle[Field.FIRST_SEQ] = len(lengths)
-    assert all(row == idle for row in metadata[len(busy) :].tolist())
+    assert all((row == idle) == (part not in busy) for part, row in enumerate(metadata.tolist()))
 
 
 @given(LENGTHS, PARTS, st.booleans())
@@ -187,6 +202,11 @@ def test_a_single_part_needs_no_room_for_partial_results():
 def test_equal_sequences_are_cut_alike():
     """64 sequences of 8 pages on 132 parts: two parts each, 4 left over, rather than cuts anywhere."""
     assert shares([8 * PAGE_SIZE] * 64, 132) == [[4]] * 128 + [[]] * 4
+
+
+def test_more_equal_sequences_than_parts_stay_whole():
+    """256 sequences of 16 pages on 132 parts: one or two a part, where cuts would save one page of 38."""
+    assert {tuple(part) for part in shares([16 * PAGE_SIZE] * 256, 132)} == {(16,), (16, 16)}
 
 
 def test_a_single_short_sequence_has_a_part_for_each_page():

@@ -139,9 +139,10 @@ __device__ unsigned split_length(const PlanParams& params, unsigned pages, unsig
     return found;
 }
 
-// How the plan lays sequences out: `split` pages a part at most, or on a line where `split` is 0.
+// How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.
 struct Layout {
     unsigned split;
+    bool whole;
     Shares line;
 
     // Of parts with a split each, or of places on the line.
@@ -152,10 +153,50 @@ struct Layout {
     __device__ void place(Sequence& seq, unsigned begin, unsigned extent) const {
         const unsigned last = begin + extent - 1;
         seq.page_0 = begin + kStartCost;
-        seq.first_part = split > 0 ? begin : line.holder(seq.page_0);
-        seq.last_part = split > 0 ? last : line.holder(last);
+        seq.first_part = split > 0 ? begin : line.holder(whole ? begin + extent / 2 : seq.page_0);
+        seq.last_part = split > 0 ? last : whole ? seq.first_part : line.holder(last);
     }
 };
+
+// How many of `count` sequences, which lie in order, come first that begin before the part.
+__device__ unsigned count_before(const Sequence* sequences, unsigned count, unsigned part) {
+    unsigned found = 0;
+#pragma unroll 1
+    for (unsigned step = 1u << (31 - __clz(count)); step > 0; step /= 2)
+        if (found + step <= count && sequences[found + step - 1].first_part < part) found += step;
+    return found;
+}
+
+// Whether no part gets more than its share and a start if no sequence is cut. `pages`: of the thread's first.
+template <int kWarps>
+__device__ bool fits_whole(const PlanParams& params, unsigned pages, const Shares& line,
+                           Sequence* sequences) {
+    constexpr unsigned kThreads = 32 * kWarps;
+    const Layout layout{0, true, line};
+    const unsigned thread = threadIdx.x, batch = params.batch, most = line.longest() + kStartCost;
+    unsigned extents[1] = {};
+    unsigned last_part = ~0u, last_begin = 0;  // of the round before: its last part, and where that begins
+    for (unsigned base = 0;;) {
+        const unsigned count = min(batch - base, kThreads), extent = layout.extent(pages);
+        unsigned begin[1] = {thread < count ? extent : 0};
+        block_scan<kWarps>(begin, extents, count);
+        layout.place(sequences[thread], begin[0], extent);
+        __syncthreads();
+        const auto begin_of = [&](unsigned part) {  // of a part that a sequence of this round is on
+            const unsigned first = min(count_before(sequences, count, part), count - 1);
+            return first == 0 && part == last_part ? last_begin : sequences[first].page_0 - kStartCost;
+        };
+        const bool fits =
+            thread >= count || begin[0] + extent - begin_of(sequences[thread].first_part) <= most;
+        if (!__syncthreads_and(fits)) return false;
+        if (base + count == batch) return true;
+        last_begin = begin_of(sequences[count - 1].first_part);
+        last_part = sequences[count - 1].first_part;
+        __syncthreads();  // `sequences` is read
+        base += kThreads;
+        pages = load_pages(params, base + thread);
+    }
+}
 
 // The row of a part, of sequences that are [base, base + count) of the batch.
 __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* sequences, unsigned base,
@@ -176,6 +217,9 @@ __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* 
         const Shares splits(first.pages, first.splits());
         page = splits.begin(part - first.first_part);
         page_end = splits.begin(part - first.first_part + 1);
+    } else if (layout.whole) {
+        page = 0;
+        page_end = last.pages;
     } else {
         const unsigned begin = layout.line.begin(part), end = layout.line.begin(part + 1);
         page = begin - min(begin, first.page_0);
@@ -208,7 +252,8 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const unsigned least =
         params.few_rows ? max(min(kFewPages, ceil_div(taken_pages, max(num_parts / 2, 1u))), 1u) : 1;
     const unsigned most = max(least, line.longest());
-    const Layout layout{batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, most), line};
+    const unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, most);
+    const Layout layout{split, split == 0 && fits_whole<kWarps>(params, pages, line, sequences), line};
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;

@@ -8,8 +8,8 @@ A *part* is one resident worker (a thread block on the GPU). Its share of the pl
 of pages in batch order: it may finish a sequence begun by the part before it, decode whole
 sequences, and begin a sequence that the next part goes on with. A part's piece of one sequence
 is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
-in one of two ways: `_a_split_a_part` where that costs no more, else `_on_a_line`. The batch-invariant
-mode has a layout of its own, `_in_chunks`, and keeps the partial result of a chunk at
+in one of three ways: `_a_split_a_part` where that costs no more, or `_whole_sequences`, else `_on_a_line`.
+The batch-invariant mode has a layout of its own, `_in_chunks`, and keeps the partial result of a chunk at
 sequence × most_chunks + chunk, whatever slot the plan says.
 """
 
@@ -177,26 +177,48 @@ def _a_split_a_part(pages: Sequence[int], parts: int, most: int, few_rows: bool)
     )
 
 
-def _on_a_line(pages: Sequence[int], parts: int) -> _Layout:
-    """Sequences one after another on a line, each START_COST places and its pages, cut evenly.
+class _Line:
+    """Sequences one after another, each START_COST places and its pages long, cut evenly into shares."""
+
+    def __init__(self, pages: Sequence[int], parts: int) -> None:
+        self.taken = [START_COST + max(1, n) for n in pages]
+        self.end = list(accumulate(self.taken))
+        self.begin_of_part = [_share(self.end[-1], parts, part) for part in range(parts + 1)]
+        self.share = ceil_div(self.end[-1], parts)  # of the parts that have most
+
+    def part_of(self, place: int) -> int:
+        return bisect_right(self.begin_of_part, place) - 1
+
+
+def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
+    """Nothing cut: each sequence on the part whose share of the line has its middle.
+
+    None where a part gets more than its share and a start, which is what the worst one costs that goes on
+    with a sequence. A part whose share lies within a sequence may be idle.
+    """
+    part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
+    cost = [0] * len(line.begin_of_part)
+    for p, n in zip(part, line.taken, strict=True):
+        cost[p] += n
+    if max(cost) > line.share + START_COST:
+        return None
+    return _Layout(part, part, lambda seq, p: 0 if p == part[seq] else pages[seq])
+
+
+def _on_a_line(line: _Line, pages: Sequence[int]) -> _Layout:
+    """Each part has its share of the line, wherever that begins.
 
     The worst part costs its share of the line and a start that is not on it, where it goes on with
     a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
     `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
     every part has at least START_COST + 1 places, one of them a page.
     """
-    taken = [START_COST + max(1, n) for n in pages]
-    end = list(accumulate(taken))
-    page_0 = [e - n + START_COST for e, n in zip(end, taken, strict=True)]
-    begin = [_share(end[-1], parts, part) for part in range(parts + 1)]
-
-    def part_of(place: int) -> int:
-        return bisect_right(begin, place) - 1
+    page_0 = [e - n + START_COST for e, n in zip(line.end, line.taken, strict=True)]
 
     def page_at(seq: int, part: int) -> int:
-        return min(max(0, begin[part] - page_0[seq]), pages[seq])
+        return min(max(0, line.begin_of_part[part] - page_0[seq]), pages[seq])
 
-    return _Layout([part_of(place) for place in page_0], [part_of(e - 1) for e in end], page_at)
+    return _Layout([line.part_of(p) for p in page_0], [line.part_of(e - 1) for e in line.end], page_at)
 
 
 def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
@@ -252,7 +274,7 @@ def plan(
 
     Returns
     -------
-    tile_scheduler_metadata : (parts, 8) int32, columns as in `Field`; idle parts come last.
+    tile_scheduler_metadata : (parts, 8) int32, columns as in `Field`.
     num_splits : (b + 1) int32, running total of splits; sequence i has
         `num_splits[i + 1] - num_splits[i]` of them, at least one.
     """
@@ -260,8 +282,12 @@ def plan(
     if chunk_level > 0:
         layout = _in_chunks(pages, parts, chunk_level)
     else:
-        share = ceil_div(sum(START_COST + max(1, n) for n in pages), parts)
-        layout = _a_split_a_part(pages, parts, share, few_rows) or _on_a_line(pages, parts)
+        line = _Line(pages, parts)
+        layout = (
+            _a_split_a_part(pages, parts, line.share, few_rows)
+            or _whole_sequences(line, pages)
+            or _on_a_line(line, pages)
+        )
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
     num_splits, cut = [0], 0  # cut: sequences so far that have several splits
