@@ -7,6 +7,10 @@
 
 namespace mla {
 
+// A part that reads little: up to so many sequences, up to so many pages of each.
+constexpr int kLittleSeqs = 2;
+constexpr int kLittlePages = 32;
+
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
 // its own, `q_full`, or tile by tile under those of its first page.
 template <typename Storage>
@@ -21,6 +25,8 @@ class Loader {
         // Asked for before the length is known: entries past the last page are read, but not used.
         int page_index = split.page_begin < params_.max_pages ? table[split.page_begin] : 0;
         const QueryPlace query(params_, split.seq);
+        keys_policy_ =
+            ptx::cache_policy(is_read_little(split) ? ptx::Eviction::kFirst : ptx::Eviction::kNormal);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin && split.begins_piece;
@@ -44,6 +50,13 @@ class Loader {
     }
 
   private:
+    // Whether all blocks together read so little that, left to itself, much of it would stay in the L2 in
+    // place of what others left there, which has to be written to memory first.
+    __device__ bool is_read_little(const Split& split) const {
+        return params_.chunk_level == 0 && shared_.plan.last_seq - shared_.plan.first_seq < kLittleSeqs &&
+               split.page_end - split.page_begin <= kLittlePages;
+    }
+
     template <int kFirst, int kLast>
     __device__ void load_tiles(TileGroup group, const RowTile& tile, int page_index, bool with_query,
                                const QueryPlace& query) {
@@ -58,7 +71,7 @@ class Loader {
 #pragma unroll
             for (int t = kFirst; t <= kLast; ++t)
                 ptx::load_tensor_4d(shared_.k[stage_.slot][t] + token * kRowBytes, maps_.k, full(t),
-                                    t * kTileColumns, token, tile.kv_head, page_index);
+                                    t * kTileColumns, token, tile.kv_head, page_index, keys_policy_);
         }
     }
 
@@ -92,7 +105,7 @@ class Loader {
         if constexpr (Storage::kQueryHasBarrier) barrier = &shared_.q_full;
         ptx::load_tensor_4d(shared_.q[t], t == kRopeTile ? maps_.q_pe : maps_.q_nope, barrier,
                             t == kRopeTile ? 0 : t * kTileColumns, tile.first_head,
-                            query.token + tile.first_token, query.batch);
+                            query.token + tile.first_token, query.batch, query_policy_);
     }
 
     const DecodeParams& params_;
@@ -101,6 +114,8 @@ class Loader {
     RingPosition<kStages> stage_;
     RingPosition<1> q_round_;  // of q_empty
     bool is_first_ = true;
+    uint64_t keys_policy_;
+    uint64_t query_policy_ = ptx::cache_policy(ptx::Eviction::kNormal);
 };
 
 }  // namespace mla
