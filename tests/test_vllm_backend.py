@@ -284,10 +284,10 @@ def make_builder(monkeypatch, dcp_world_size: int = 1):
     return metadata.FlashMLAMetadataBuilder(spec, ["layer"], config, device), asked
 
 
-def build_decode(builder, query_begin: list[int], num_decode_tokens: int):
+def build_decode(builder, query_begin: list[int], num_decode_tokens: int, seq_lens=(5, 70)):
     return builder._build_decode(
-        block_table_tensor=torch.zeros(2, 1, dtype=torch.int32),
-        seq_lens_device=torch.tensor([5, 70], dtype=torch.int32),
+        block_table_tensor=torch.tensor([[1, 2, -1], [3, 4, -1]], dtype=torch.int32),
+        seq_lens_device=torch.tensor(seq_lens, dtype=torch.int32),
         max_seq_len=70,
         query_start_loc_cpu=torch.tensor(query_begin),
         query_start_loc_device=torch.tensor(query_begin),
@@ -323,6 +323,31 @@ def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_ca
     builder, _ = make_builder(monkeypatch, dcp_world_size=2)
     with pytest.raises(ValueError, match="one query token per sequence under decode context .* got 3"):
         build_decode(builder, [0, 3, 6], 6)
+
+
+def test_a_long_query_is_planned_as_runs_that_fill_a_tile(monkeypatch):
+    """9 tokens of 16 heads and one: runs of 4, 4, 1 and 1 tokens, each of which sees its own last key."""
+    builder, asked = make_builder(monkeypatch)
+    decode = build_decode(builder, [0, 9, 10], 10, seq_lens=[70, 5])
+    assert decode.seq_lens.tolist() == [65, 69, 70, 5]
+    assert decode.cu_seqlens_q.tolist() == [0, 4, 8, 9, 10]
+    assert decode.block_table.tolist() == [[1, 2], [1, 2], [1, 2], [3, 4]]
+    assert (decode.query_len, decode.num_query_tokens) == (4, 10)
+    assert asked[-1] == 4 * 16 and len(decode.num_splits) == 5
+
+
+@pytest.mark.parametrize(
+    "dcp_world_size, invariant, threshold",
+    [(1, False, metadata.LONGEST_DECODED), (2, False, 1), (1, True, 1)],
+)
+def test_short_prompts_are_decoded_where_nothing_depends_on_the_way(
+    dcp_world_size, invariant, threshold, monkeypatch
+):
+    """Known failure 8: context parallelism decodes single tokens. Batch invariance: neighbours in the batch
+    may decide whether a short prompt is decoded."""
+    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
+    builder, _ = make_builder(monkeypatch, dcp_world_size)
+    assert builder.reorder_batch_threshold == threshold
 
 
 @pytest.mark.parametrize("ranks, support", [(1, "UNIFORM_BATCH"), (2, "UNIFORM_SINGLE_TOKEN_DECODE")])

@@ -143,8 +143,12 @@ def test_one_plan_a_step_from_the_decode_slice_into_the_same_buffers(record):
     decoding = [step for step in record.steps if step.num_decodes]
     assert any(step.num_prefills for step in decoding)
     assert len(record.planned) == len(decoding)
-    assert [len(lengths) for lengths in record.planned] == [step.num_decodes for step in decoding]
+    assert [len(lengths) for lengths in record.planned] == [len(step.decode.seq_lens) for step in decoding]
     assert all(record.plan_is_right)
-    assert len(set(record.addresses)) == 1
+    # Steps with long queries are in no full graph, and have buffers of their own.
+    whole = [step.num_decodes == len(step.decode.seq_lens) for step in decoding]
+    assert any(whole) and not all(whole)
+    captured, own = record.addresses[: -len(decoding)], record.addresses[-len(decoding) :]
+    assert len({*captured, *(at for at, is_whole in zip(own, whole, strict=True) if is_whole)}) == 1
     if not ON_GPU:  # a replayed graph calls no Python
         assert layers > 1 and record.decoded_layers == layers * len(record.planned)

@@ -21,8 +21,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 from ..flash_mla.chunks import chunk_level
 from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
-from ..flash_mla.schedule import METADATA_WIDTH
+from ..flash_mla.schedule import METADATA_WIDTH, TILE_ROWS, num_pages
+from . import long_queries
 from .compat import vllm_flashmla_backend
+
+LONGEST_DECODED = 128
+"""Query tokens of a sequence that are decoded rather than prefilled: measured, see docs/settings.md."""
 
 
 @dataclass
@@ -80,11 +84,17 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        if not provider_for(device).takes_ragged:
+        takes_ragged = provider_for(device).takes_ragged
+        if not takes_ragged:
             self.query_len_support = QueryLenSupport.UNIFORM  # vLLM prefills what it cannot decode so
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, FlashMLAMetadata)
         # decode context parallelism gathers the heads of its ranks before the kernel runs
         self.num_query_heads = self.num_heads * self.dcp_world_size
+        # vLLM has set the threshold to the tokens of a decode with its drafts, which full graphs are of
+        self.run_len = max(self.reorder_batch_threshold, TILE_ROWS // self.num_query_heads)
+        # Whether a short prompt is decoded may depend on others in the batch: not where results must not.
+        if takes_ragged and self.dcp_world_size == 1 and not envs.VLLM_BATCH_INVARIANT:
+            self.reorder_batch_threshold = max(self.reorder_batch_threshold, LONGEST_DECODED)
         self.chunk_level = chunk_level(self.num_query_heads) if envs.VLLM_BATCH_INVARIANT else 0
         # one query token a sequence takes the most parts: more rows need more blocks per part
         max_parts = num_parts(device, self.num_query_heads, 1)
@@ -105,23 +115,30 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
                 "FLASHMLA decodes one query token per sequence under decode context parallelism, "
                 f"got {max_query_len}"
             )
-        # The rows that pad a captured graph's batch come last: no query token here, but room in q.
-        num_queries = num_query_tokens // max_query_len
-        is_uniform = (
-            kwargs["num_decode_tokens"] == batch * max_query_len
-            and num_query_tokens == num_queries * max_query_len == query_lens[:num_queries].sum()
-        )
+        if max_query_len > self.run_len:
+            runs = long_queries.cut(query_lens, self.run_len)
+            block_table = decode.block_table[:, : num_pages(kwargs["max_seq_len"])]
+            decode.block_table, decode.seq_lens, cu_seqlens_q = runs.apply(block_table, decode.seq_lens)
+            # no full graph has such a step, so its plan need not stay where it is
+            max_query_len, num_splits = self.run_len, torch.empty_like(cu_seqlens_q)
+        else:
+            # The rows that pad a captured graph's batch come last: no query token here, but room in q.
+            num_queries = num_query_tokens // max_query_len
+            is_uniform = (
+                kwargs["num_decode_tokens"] == batch * max_query_len
+                and num_query_tokens == num_queries * max_query_len == query_lens[:num_queries].sum()
+            )
+            cu_seqlens_q = None if is_uniform else kwargs["query_start_loc_device"]
+            num_splits = self.num_splits[: batch + 1]
         rows = max_query_len * self.num_query_heads
-        parts = num_parts(self.device, rows, 1)
-        tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
-        num_splits = self.num_splits[: batch + 1]
+        tile_scheduler_metadata = self.tile_scheduler_metadata[: num_parts(self.device, rows, 1)]
         plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, self.chunk_level)
         return FlashMLADecodeMetadata(
             **vars(decode),
             tile_scheduler_metadata=tile_scheduler_metadata,
             num_splits=num_splits,
             query_len=max_query_len,
-            cu_seqlens_q=None if is_uniform else kwargs["query_start_loc_device"],
+            cu_seqlens_q=cu_seqlens_q,
             num_query_tokens=num_query_tokens,
             batch_invariant=self.chunk_level > 0,
         )
