@@ -97,7 +97,7 @@ def run(job: TailsJob) -> None:
         enable_prefix_caching=True,
         enforce_eager=True,
         async_scheduling=False,
-        gpu_memory_utilization=0.7,  # prefill multiplies all cached contexts up, which vLLM leaves no room for
+        gpu_memory_utilization=0.7,  # vLLM leaves no room for keys of all heads
         max_model_len=job.cached + max(job.lengths) + num_steps(job),
         max_num_seqs=prompts,
         max_num_batched_tokens=max(2048, tails * max(job.lengths) + decodes),
