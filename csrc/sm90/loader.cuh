@@ -25,8 +25,7 @@ class Loader {
         // Asked for before the length is known: entries past the last page are read, but not used.
         int page_index = split.page_begin < params_.max_pages ? table[split.page_begin] : 0;
         const QueryPlace query(params_, split.seq);
-        keys_policy_ =
-            ptx::cache_policy(is_read_little(split) ? ptx::Eviction::kFirst : ptx::Eviction::kNormal);
+        reads_little_ = is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin && split.begins_piece;
@@ -66,12 +65,21 @@ class Loader {
             if (with_query) load_query_tile(t, tile, query);
             ptx::barrier_arrive_expect(full(t), kTileBytes);
         }
+        if (reads_little_) {
+            load_boxes<kFirst, kLast, ptx::load_tensor_4d_evict_first>(tile, page_index);
+        } else {
+            load_boxes<kFirst, kLast, ptx::load_tensor_4d>(tile, page_index);
+        }
+    }
+
+    template <int kFirst, int kLast, auto kLoad>
+    __device__ void load_boxes(const RowTile& tile, int page_index) {
 #pragma unroll 1
         for (int token = 0; token < kPageSize; token += kBoxTokens) {
 #pragma unroll
             for (int t = kFirst; t <= kLast; ++t)
-                ptx::load_tensor_4d(shared_.k[stage_.slot][t] + token * kRowBytes, maps_.k, full(t),
-                                    t * kTileColumns, token, tile.kv_head, page_index, keys_policy_);
+                kLoad(shared_.k[stage_.slot][t] + token * kRowBytes, maps_.k, full(t), t * kTileColumns,
+                      token, tile.kv_head, page_index);
         }
     }
 
@@ -105,7 +113,7 @@ class Loader {
         if constexpr (Storage::kQueryHasBarrier) barrier = &shared_.q_full;
         ptx::load_tensor_4d(shared_.q[t], t == kRopeTile ? maps_.q_pe : maps_.q_nope, barrier,
                             t == kRopeTile ? 0 : t * kTileColumns, tile.first_head,
-                            query.token + tile.first_token, query.batch, query_policy_);
+                            query.token + tile.first_token, query.batch);
     }
 
     const DecodeParams& params_;
@@ -114,8 +122,7 @@ class Loader {
     RingPosition<kStages> stage_;
     RingPosition<1> q_round_;  // of q_empty
     bool is_first_ = true;
-    uint64_t keys_policy_;
-    uint64_t query_policy_ = ptx::cache_policy(ptx::Eviction::kNormal);
+    bool reads_little_;
 };
 
 }  // namespace mla

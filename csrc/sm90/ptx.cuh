@@ -78,26 +78,28 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// How the L2 is to treat what is fetched: as anything else, or as the first to make room for more.
-enum class Eviction { kNormal, kFirst };
-
-__device__ inline uint64_t cache_policy(Eviction eviction) {
-    uint64_t policy;
-    if (eviction == Eviction::kFirst) {
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    } else {
-        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    }
-    return policy;
-}
-
 // One box of a 4-D tensor into shared memory; completion is counted in bytes on `barrier`.
 __device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64_t* barrier, int c0, int c1,
-                                      int c2, int c3, uint64_t policy) {
+                                      int c2, int c3) {
     asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], "
+        "[%2];" ::"r"(smem_address(smem)),
+        "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
+// Likewise; the L2 makes room with these lines before it does with others.
+__device__ inline void load_tensor_4d_evict_first(void* smem, const CUtensorMap& map, uint64_t* barrier,
+                                                  int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "{\n"
+        ".reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(smem)),
-        "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        "[%1, {%3, %4, %5, %6}], [%2], policy;\n"
+        "}\n" ::"r"(smem_address(smem)),
+        "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
 
