@@ -255,8 +255,11 @@ def test_file_of_another_kind_is_told_with_the_option_that_suits(tmp_path):
 class Rounds:
     """In place of vLLM: steps that take `ms`, by round, on a clock of its own; some stamps come `late`."""
 
-    def __init__(self, monkeypatch, *ms: float, late: dict[int, float] | None = None) -> None:
-        self.llm_engine, self.ms, self.late = self, ms, late or {}
+    def __init__(
+        self, monkeypatch, *ms: float, late: dict[int, float] | None = None, gpu_share: float | None = None
+    ) -> None:
+        self.llm_engine, self.ms, self.late, self.gpu_share = self, ms, late or {}, gpu_share
+        self.forward_ms: list[float] = []
         self.rounds, self.steps, self.clock, self.running, self.said = 0, 0, 0.0, [], []
         monkeypatch.setattr(serve_engine, "add_requests", self.add_requests)
         monkeypatch.setattr(serve_engine, "say", lambda kind, entry: self.said.append((kind, entry)))
@@ -279,10 +282,17 @@ class Rounds:
         self.clock += self.ms[self.rounds - 1] / 1e3
         stamp = self.clock + self.late.get(self.steps, 0) / 1e3
         self.steps += 1
+        if self.gpu_share:
+            self.forward_ms.append(self.gpu_share * self.ms[self.rounds - 1])
         output = SimpleNamespace(
             outputs=[SimpleNamespace(token_ids=[5])], metrics=SimpleNamespace(last_token_ts=stamp)
         )
         return [output] * len(self.running)
+
+    def collective_rpc(self, method: str) -> list[list[float]]:
+        assert method == "take_forward_ms"
+        taken, self.forward_ms = self.forward_ms, []
+        return [taken]
 
     def abort_request(self, names: list[str], internal: bool) -> None:
         assert names == self.running
@@ -297,6 +307,25 @@ def test_fastest_round_makes_a_row_and_all_are_told(monkeypatch):
     kind, made = llm.row()
     assert (kind, made["ms_per_step"], made["rounds_ms"]) == ("rows", 2.0, [9.0, 5.0, 2.0, 4.0])
     assert (made["ms_quartiles"], made["steps"]) == ([3.5, 6.0], 48)  # of three stretches from each round
+
+
+def test_the_gpus_time_of_a_step_is_the_median_over_all_rounds(monkeypatch):
+    _, made = Rounds(monkeypatch, 9.0, 5.0, 2.0, gpu_share=0.5).row()
+    assert (made["ms_per_step"], made["gpu_ms"]) == (2.0, 2.5)
+    assert "gpu_ms" not in Rounds(monkeypatch, 2.0).row()[1]
+
+
+def test_rows_are_compared_by_the_gpus_time_where_all_have_it():
+    ours, peer = row("ours", 2.0) | {"gpu_ms": 1.0}, row("FLASHMLA", 1.9) | {"gpu_ms": 1.2}
+    (comparison,) = serve_report.compare(results(ours, peer))
+    assert comparison.ratio == 1.2
+    console = Console(width=120)
+    with console.capture() as said:
+        console.print(serve_report.summary(results(ours, peer)))
+    assert "1.000 (2.00)" in said.get() and "at or ahead of the best peer in 1 of 1 rows" in said.get()
+    assert "with what the host adds: at or ahead in 0 of 1 rows" in said.get()
+    (mixed,) = serve_report.compare(results(ours, row("FLASHMLA", 1.9)))
+    assert mixed.ratio == 1.9 / 2.0
 
 
 @pytest.mark.parametrize("stretch", range(4))
@@ -428,6 +457,7 @@ def test_vllm_is_timed_with_the_plugin_and_without(tmp_path, capfd):
         (3, 300, peer),
     ]
     assert all(0 < r["ms_per_step"] < 1000 and r["steps"] == 16 for r in made["rows"])
+    assert all(("gpu_ms" in r) == ON_GPU and r.get("gpu_ms", 1) > 0 for r in made["rows"])
     assert all(len(r["rounds_ms"]) == 2 and min(r["rounds_ms"]) == r["ms_per_step"] for r in made["rows"])
     for each in made["rows"]:
         assert each["class"].startswith("vllm_flashmla_backend.") == (each["backend"] == "ours")

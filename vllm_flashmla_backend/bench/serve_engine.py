@@ -9,6 +9,8 @@ each of which its requests are added anew: a short step waits for the host, and 
 happen to lie, and the host happens to schedule, would else decide a whole row. That only ever adds time,
 so the fastest round makes the row. Within a round the median counts, for there a single stretch can be
 too short: one that begins at a stamp which the host set late.
+
+On a GPU the forward pass is timed besides, between two CUDA events: what the host adds is not in it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .report import OURS
 from .serve import Job
@@ -48,6 +52,31 @@ class Worker:
         (backend,) = {layer.get_attn_backend() for layer in layers}
         return f"{backend.__module__}.{backend.__qualname__}"
 
+    def watch_forward(self) -> None:
+        """Time every forward pass from now on, where there is a GPU and a model runner that has this hook."""
+        self.forward_times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        forward = getattr(self.model_runner, "_model_forward", None)
+        if forward is None or not torch.cuda.is_available():
+            return
+
+        def timed(*args, **kwargs):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            out = forward(*args, **kwargs)
+            end.record()
+            self.forward_times.append((begin, end))
+            return out
+
+        self.model_runner._model_forward = timed
+
+    def take_forward_ms(self) -> list[float]:
+        """Milliseconds of each forward pass since the last call."""
+        if self.forward_times:
+            torch.cuda.synchronize()
+        taken = [begin.elapsed_time(end) for begin, end in self.forward_times]
+        self.forward_times.clear()
+        return taken
+
 
 def run(job: Job) -> None:
     """Measure and report every row of the job."""
@@ -56,6 +85,7 @@ def run(job: Job) -> None:
         llm = start_engine(job.model, job.layers, heads, job.backend, **engine_options(job))
         try:
             seconds = round(time.perf_counter() - start, 1)
+            llm.collective_rpc("watch_forward")
             engine = describe(llm, job)
             say("engine", {"h": heads, "seconds": seconds} | engine)
             for batch in job.batches:
@@ -134,13 +164,19 @@ def measure_row(llm: LLM, job: Job, row: dict) -> None:
     if blocks >= available:  # one block is vLLM's own
         reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
         return say("skipped", row | {"reason": reason})
-    timed = [stretches(stamps) for stamps in rounds(llm, job, row["b"], row["context"])]
+    llm.collective_rpc("take_forward_ms")  # of the row before
+    timed, forward_ms = [], []
+    for stamps in rounds(llm, job, row["b"], row["context"]):
+        timed.append(stretches(stamps))
+        (taken,) = llm.collective_rpc("take_forward_ms")
+        forward_ms += taken[WARM_STEPS:]
     counted = rounds_that_count(timed)
     if not counted:  # the row's time cut off the first round, so there is no other
         steps, least = STRETCH * len(timed[0]), STRETCH * LEAST_STRETCHES
         reason = f"{steps} steps in {job.row_seconds:g} s, expected at least {least}"
         return say("skipped", row | {"reason": reason})
-    say("rows", row | row_times(counted))
+    gpu = {"gpu_ms": round(median(forward_ms), 4)} if forward_ms else {}
+    say("rows", row | row_times(counted) | gpu)
 
 
 def rounds_that_count(timed: list[list[float]]) -> list[list[float]]:

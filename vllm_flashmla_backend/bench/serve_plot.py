@@ -59,7 +59,7 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
                 axes.text(place, 0.03, LEFT_OUT, va="bottom", color=NOT_COMPARED, **words)
             if not (comparison.ours and (row := comparison.rows.get(peer))):
                 continue
-            ratio = row["ms_per_step"] / comparison.ours["ms_per_step"]
+            ratio = row[comparison.by] / comparison.ours[comparison.by]
             axes.bar(place, min(ratio, TALLEST), width * 0.94, color=PEER_COLOURS[index], zorder=2)
             if ratio > 0.9 * TALLEST:  # no room above the bar
                 top = min(ratio, TALLEST) - 0.03
@@ -87,6 +87,6 @@ def _name_steps(comparison: StepComparison) -> str:
     context = comparison.context
     shape = f"{comparison.b} × {context // 1024}k" if context % 1024 == 0 else f"{comparison.b} × {context}"
     lacking = LEFT_OUT if OURS in comparison.left_out else "not measured"
-    ours = f"{comparison.ours['ms_per_step']:.2f} ms" if comparison.ours else lacking
+    ours = f"{comparison.ours[comparison.by]:.2f} ms" if comparison.ours else lacking
     star = "*" if comparison.attention_bound else ""
     return f"{shape}\n{ours}\n{comparison.ratio:.2f}{star}" if comparison.ratio else f"{shape}\n{ours}"
