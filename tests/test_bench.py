@@ -220,7 +220,7 @@ def test_narrow_terminal_goes_without_columns_and_shows_the_others_whole(width, 
     shown = [str(times[name]) if name in times else best[name] for name in headings if name in times | best]
     cells = [" ".join(cell.split()) for cell in re.split("[│┃]", line.strip("│┃"))]
     assert cells[1 : len(shown) + 1] == shown
-    assert cells[len(shown) + 1 : len(shown) + 3] == ["1.50", "1.00 ✓"]
+    assert cells[len(shown) + 1 : len(shown) + 3] == ["1.500", "1.00 ✓"]
     assert "…" not in said.get()
 
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .cases import REGIMES
+from .cases import ALSO, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
@@ -144,8 +144,8 @@ def ratio_bars(results: dict) -> Figure:
     widest = max([comparison.ratio or 0 for comparison in comparisons] + [1.5])
     axes.set(xlim=(0, widest * 1.42), ylim=(len(comparisons) - 0.4, -0.6))
     axes.set_xlabel("time of the best peer ÷ ours (above 1: ours is faster)")
-    mean = geometric_mean([comparison for comparison in comparisons if comparison.regime != "also"])
-    suffix = f"; geometric mean {mean:.3f}" if mean else ""
+    of_mean = [comparison for comparison in comparisons if comparison.regime != ALSO and comparison.ratio]
+    suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {len(of_mean)} cases" if of_mean else ""
     axes.set_title(_title("ratio to the best peer", results) + suffix)
     figure.legend(
         handles=[

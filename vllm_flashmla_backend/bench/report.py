@@ -191,7 +191,7 @@ def _verdict(comparison: Comparison) -> dict[str, Text]:
         return dict.fromkeys(("ratio", "must", "goal"), Text("–"))
     targets = comparison.targets
     return {
-        "ratio": Text(f"{comparison.ratio:.2f}", style="bold"),
+        "ratio": Text(f"{comparison.ratio:.3f}", style="bold"),
         "must": _reached(comparison.must_reached, f"{targets.must:.2f}"),
         "goal": _reached(comparison.goal_reached, f"{targets.goal:.2f}"),
     }
@@ -232,8 +232,8 @@ def _regime_table(comparisons: list[Comparison]) -> Table:
         table.add_row(
             name,
             f"{len(mine)}",
-            f"{min(ratios):.2f}",
-            f"{geometric_mean(mine):.2f}",
+            f"{min(ratios):.3f}",
+            f"{geometric_mean(mine):.3f}",
             f"{regime.must:.2f}",
             f"{sum(comparison.must_reached for comparison in mine)}",
             _goal(regime),

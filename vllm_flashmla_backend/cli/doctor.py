@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Look at everything and print it; 0 only if FLASHMLA can run."""
     environment = dict(os.environ)  # as it was given
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what was asked for is the table, or the report
-    checks = examine()
+    with Console(stderr=True).status("importing torch and vLLM, and trying the kernels …"):
+        checks = examine()
     if args.report:
         print(report.write(checks, environment))
     else:
