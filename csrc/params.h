@@ -17,9 +17,10 @@ constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
 constexpr int kBoxTokens = 32;     // of a page, fetched at a time
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
-constexpr unsigned kStartCost = 3;  // of a split, in pages: START_COST of schedule.py
-constexpr int kFewRows = 32;        // query rows that share a KV head: FEW_ROWS there
-constexpr unsigned kFewPages = 8;   // FEW_PAGES there
+constexpr unsigned kStartCost = 3;   // of a split, in pages: START_COST of schedule.py
+constexpr int kFewRows = 32;         // query rows that share a KV head: FEW_ROWS there
+constexpr unsigned kFewPages = 4;    // FEW_PAGES there
+constexpr unsigned kWholePages = 8;  // WHOLE_PAGES there
 
 enum class DType { kBFloat16, kHalf };
 

@@ -22,6 +22,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     METADATA_WIDTH,
     PAGE_SIZE,
     START_COST,
+    WHOLE_PAGES,
     Field,
     ceil_div,
     is_few,
@@ -147,10 +148,9 @@ def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
 
 
 @given(LENGTHS, PARTS)
-def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_splits_of_up_to_eight_pages(
-    lengths, parts
-):
-    least = min(FEW_PAGES, ceil_div(sum(taken(lengths)), max(1, parts // 2)))
+def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_short_splits(lengths, parts):
+    few_pages = WHOLE_PAGES if max(taken(lengths)) <= WHOLE_PAGES else FEW_PAGES
+    least = min(few_pages, ceil_div(sum(taken(lengths)), max(1, parts // 2)))
     many, few = plan(lengths, parts), plan(lengths, parts, 0, few_rows=True)
     if least_split_length(lengths, parts) >= least:
         assert all(map(torch.equal, many, few))
@@ -162,7 +162,8 @@ def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_splits_o
 def test_planner_and_kernels_agree_on_what_is_few():
     text = (Path(__file__).parents[1] / "csrc" / "params.h").read_text()
     constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
-    here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "StartCost": START_COST, "PageSize": PAGE_SIZE}
+    here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
+    here |= {"StartCost": START_COST, "PageSize": PAGE_SIZE}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
 
@@ -171,8 +172,9 @@ def test_planner_and_kernels_agree_on_what_is_few():
     "lengths, splits",
     [
         ([8192], [64]),  # two pages a part
-        ([512] * 64, [1] * 64),
-        ([1024] * 32, [2] * 32),
+        ([512] * 64, [1] * 64),  # whole
+        ([1024] * 16, [4] * 16),
+        ([1024] * 32, [4] * 32),  # as with many rows: half of the parts would have eight pages each
         ([8192] * 16, [8] * 16),  # as with many rows
     ],
 )

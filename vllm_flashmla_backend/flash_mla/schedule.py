@@ -38,8 +38,11 @@ FEW_ROWS = 32
 """Query rows that share a KV head: with up to so many a part is through with pages faster than memory gives
 them to all parts."""
 
-FEW_PAGES = 8
+FEW_PAGES = 4
 """With few rows, splits of up to so many pages are left to half of the parts: half as much to merge."""
+
+WHOLE_PAGES = 8
+"""With few rows, so are whole sequences, if all have up to so many pages: nothing to merge."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
@@ -158,12 +161,14 @@ def _a_split_a_part(pages: Sequence[int], parts: int, most: int, few_rows: bool)
     The length is the least with which the parts are enough; None if that is above `most`. The worst
     part costs `length` pages and a start. `most` is a share of all pages and a start for each
     sequence: with more sequences than parts no length will do, with fewer none below most - START_COST.
-    With few rows no length is less than a share for half of the parts, or FEW_PAGES if that is less; `most`
-    gives way to it.
+    With few rows no length is less than a share for half of the parts, or FEW_PAGES if that is less, or
+    WHOLE_PAGES if no sequence has more; `most` gives way to it.
     """
     taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
-    half = max(1, parts // 2)
-    least = max(1, min(FEW_PAGES, ceil_div(sum(taken), half))) if few_rows else 1
+    least = 1
+    if few_rows:
+        few_pages = WHOLE_PAGES if max(taken) <= WHOLE_PAGES else FEW_PAGES
+        least = min(few_pages, ceil_div(sum(taken), max(1, parts // 2)))
     for length in range(max(least, most - START_COST), max(least, most) + 1):
         splits = [ceil_div(n, length) for n in taken]
         if sum(splits) <= parts:
