@@ -322,6 +322,20 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [512] * 461 + list(range(4801, 4865)),
+        [64] * 452 + list(range(1921, 1985)),
+        [320] * 505 + [2560] * 14 + [320] * 80,
+    ],
+)
+def test_planner_kernel_writes_the_row_of_a_part_that_is_idle_between_its_rounds(lengths):
+    """The 512th sequence ends in a part's share and the next one's middle lies behind that share."""
+    assert_kernel_plans_the_same(lengths, 132, 128, 0)
+
+
+@pytest.mark.gpu
 @settings(deadline=None, max_examples=300)
 @given(LENGTHS, PARTS, st.sampled_from(MODES))
 def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, mode):

@@ -270,16 +270,19 @@ def test_an_fp8_cache_goes_to_vllms_own_classes(monkeypatch):
     assert metadata.FlashMLAMetadataBuilder(spec, ["layer"]) == ("vLLM's builder", (spec, ["layer"]))
 
 
-def make_builder(monkeypatch, dcp_world_size: int = 1):
-    """A builder of 16 heads, and what it asked `num_parts` for."""
+def make_builder(monkeypatch, dcp_world_size: int = 1, heads: int = 16, microbatches: bool = False):
+    """A builder, and what it asked `num_parts` for."""
 
     def common_init(self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls):
-        self.num_heads, self.dcp_world_size, self.device = 16, dcp_world_size, device
+        self.num_heads, self.dcp_world_size, self.device = heads, dcp_world_size, device
 
     asked = []
     monkeypatch.setattr(mla_attention.MLACommonMetadataBuilder, "__init__", common_init)
     monkeypatch.setattr(metadata, "num_parts", lambda device, rows, kv_heads: asked.append(rows) or 8)
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        parallel_config=SimpleNamespace(use_ubatching=microbatches),
+    )
     spec, device = SimpleNamespace(cache_dtype_str="auto"), torch.device("cpu")
     return metadata.FlashMLAMetadataBuilder(spec, ["layer"], config, device), asked
 
@@ -336,18 +339,26 @@ def test_a_long_query_is_planned_as_runs_that_fill_a_tile(monkeypatch):
     assert asked[-1] == 4 * 16 and len(decode.num_splits) == 5
 
 
-@pytest.mark.parametrize(
-    "dcp_world_size, invariant, threshold",
-    [(1, False, metadata.LONGEST_DECODED), (2, False, 1), (1, True, 1)],
-)
-def test_short_prompts_are_decoded_where_nothing_depends_on_the_way(
-    dcp_world_size, invariant, threshold, monkeypatch
-):
+@pytest.mark.parametrize("heads, tokens", [(16, 128), (20, 128), (32, 128), (64, 64), (128, 32)])
+def test_short_prompts_are_decoded_up_to_so_many_query_tokens_and_rows(heads, tokens, monkeypatch):
+    builder, _ = make_builder(monkeypatch, heads=heads)
+    assert builder.reorder_batch_threshold == tokens
+
+
+@pytest.mark.parametrize("where", [dict(dcp_world_size=2), dict(microbatches=True), "batch-invariant"])
+def test_prompts_are_prefilled_where_something_depends_on_the_way(where, monkeypatch):
     """Known failure 8: context parallelism decodes single tokens. Batch invariance: neighbours in the batch
     may decide whether a short prompt is decoded."""
-    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
-    builder, _ = make_builder(monkeypatch, dcp_world_size)
-    assert builder.reorder_batch_threshold == threshold
+    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", where == "batch-invariant", raising=False)
+    builder, _ = make_builder(monkeypatch, **where if isinstance(where, dict) else {})
+    assert builder.reorder_batch_threshold == 1
+
+
+def test_no_full_graph_is_captured_of_queries_that_are_cut(monkeypatch):
+    """Its plan would not be where later steps write theirs."""
+    builder, _ = make_builder(monkeypatch)
+    with pytest.raises(ValueError, match="full CUDA graphs are of queries of up to 4 tokens, got 5"):
+        builder.build_for_cudagraph_capture(SimpleNamespace(max_query_len=5))
 
 
 @pytest.mark.parametrize("ranks, support", [(1, "UNIFORM_BATCH"), (2, "UNIFORM_SINGLE_TOKEN_DECODE")])

@@ -7,7 +7,7 @@
 
 namespace mla {
 
-// A part that reads little: up to so many sequences, up to so many pages of each.
+// A part that reads little: of up to so many sequences, up to so many pages of each.
 constexpr int kLittleSeqs = 2;
 constexpr int kLittlePages = 32;
 
@@ -49,8 +49,8 @@ class Loader {
     }
 
   private:
-    // Whether all blocks together read so little that, left to itself, much of it would stay in the L2 in
-    // place of what others left there, which has to be written to memory first.
+    // Whether the part reads so little, and so all parts do, that making room for it in the L2 would count:
+    // what others left there may have to be written to memory first. The limits are measured, see NOTES.md.
     __device__ bool is_read_little(const Split& split) const {
         return params_.chunk_level == 0 && shared_.plan.last_seq - shared_.plan.first_seq < kLittleSeqs &&
                split.page_end - split.page_begin <= kLittlePages;

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
 from ..flash_mla.chunks import chunk_level
@@ -28,15 +28,22 @@ from .compat import vllm_flashmla_backend
 LONGEST_DECODED = 128
 """Query tokens of a sequence that are decoded rather than prefilled: measured, see docs/settings.md."""
 
+MOST_DECODED_ROWS = 4096
+"""And query tokens × heads of a sequence: from 64 heads on each token works through its context by itself, and a
+step of many whole prompts of 100 tokens should be prefilled faster; that is an estimate."""
+
 
 @dataclass
 class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
-    """What every layer needs to decode: the tables, and the step's plan over them."""
+    """What every layer needs to decode: the tables, and the step's plan over them.
+
+    Where long queries are cut, sequences are runs (`long_queries`), in vLLM's own fields, too.
+    """
 
     tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
-    num_splits: torch.Tensor  # (num_decodes + 1,) int32
+    num_splits: torch.Tensor  # (sequences + 1,) int32
     query_len: int  # of every sequence, or the largest
-    cu_seqlens_q: torch.Tensor | None  # (num_decodes + 1,) int32 where query lengths differ
+    cu_seqlens_q: torch.Tensor | None  # (sequences + 1,) int32 where query lengths differ
     num_query_tokens: int  # before any padding
     batch_invariant: bool
 
@@ -49,8 +56,8 @@ class FlashMLAMetadata(MLACommonMetadata[FlashMLADecodeMetadata]):
 class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
     """Builds the metadata of a step and plans its decode slice, once for all layers.
 
-    The plan is written into the same two buffers every step: a captured CUDA graph reads their
-    addresses, and finds the plan of the step that it is replayed in.
+    The plan is written into the same two buffers every step that a full CUDA graph may have been captured of:
+    the graph reads their addresses, and finds the plan of the step that it is replayed in.
 
     With an FP8 cache, constructing this class gives vLLM's own builder instead.
     """
@@ -92,9 +99,9 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         self.num_query_heads = self.num_heads * self.dcp_world_size
         # vLLM has set the threshold to the tokens of a decode with its drafts, which full graphs are of
         self.run_len = max(self.reorder_batch_threshold, TILE_ROWS // self.num_query_heads)
-        # Whether a short prompt is decoded may depend on others in the batch: not where results must not.
-        if takes_ragged and self.dcp_world_size == 1 and not envs.VLLM_BATCH_INVARIANT:
-            self.reorder_batch_threshold = max(self.reorder_batch_threshold, LONGEST_DECODED)
+        if takes_ragged and self._decodes_prompts(vllm_config):
+            longest = min(LONGEST_DECODED, MOST_DECODED_ROWS // self.num_query_heads)
+            self.reorder_batch_threshold = max(self.reorder_batch_threshold, longest)
         self.chunk_level = chunk_level(self.num_query_heads) if envs.VLLM_BATCH_INVARIANT else 0
         # one query token a sequence takes the most parts: more rows need more blocks per part
         max_parts = num_parts(device, self.num_query_heads, 1)
@@ -103,6 +110,28 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             max_parts, METADATA_WIDTH, dtype=torch.int32, device=device
         )
         self.num_splits = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+
+    def _decodes_prompts(self, vllm_config: VllmConfig) -> bool:
+        """Whether prompts, or their tails, may be decoded where they are short.
+
+        Not under context parallelism, which decodes single tokens; nor batch-invariant, as a prompt's way
+        then depends on what stands before it in the batch; nor where a step is divided into microbatches, for
+        vLLM 0.32 there takes for readers of another request's new blocks only what is prefilled.
+        """
+        invariant, microbatches = envs.VLLM_BATCH_INVARIANT, vllm_config.parallel_config.use_ubatching
+        return self.dcp_world_size == 1 and not invariant and not microbatches
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashMLAMetadata:
+        """Build what a full graph is captured with.
+
+        Raises ValueError for queries that are cut, since that plan has no place of its own.
+        """
+        if common_attn_metadata.max_query_len > self.run_len:
+            raise ValueError(
+                f"FLASHMLA: full CUDA graphs are of queries of up to {self.run_len} tokens, "
+                f"got {common_attn_metadata.max_query_len}"
+            )
+        return super().build_for_cudagraph_capture(common_attn_metadata)
 
     def _build_decode(self, **kwargs: Any) -> FlashMLADecodeMetadata:
         decode = super()._build_decode(**kwargs)

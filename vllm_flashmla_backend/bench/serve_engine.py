@@ -10,7 +10,8 @@ happen to lie, and the host happens to schedule, would else decide a whole row. 
 so the fastest round makes the row. Within a round the median counts, for there a single stretch can be
 too short: one that begins at a stamp which the host set late.
 
-On a GPU the forward pass is timed besides, between two CUDA events: what the host adds is not in it.
+On a GPU the forward pass is timed besides, between two CUDA events: of what the host adds it has no more than
+the launch of the pass.
 """
 
 from __future__ import annotations

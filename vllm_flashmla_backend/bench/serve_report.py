@@ -125,7 +125,7 @@ def _tables(results: dict, comparisons: list[StepComparison]) -> Iterator[Table]
 
 def _table(results: dict, comparisons: list[StepComparison], backends: list[str]) -> Table:
     layers = results["model"]["layers"]
-    whole = "; in brackets with what the host adds" if deciding(results) == "gpu_ms" else ""
+    whole = "; in brackets the fastest round of whole steps" if deciding(results) == "gpu_ms" else ""
     table = Table(
         title=f"ms a decode step of {layers} layers, the {timing(results)}{whole}\n"
         "ratio: best peer ÷ ours; * attention-bound"
@@ -177,7 +177,7 @@ def _lines(results: dict, comparisons: list[StepComparison]) -> Iterator[Text]:
     if deciding(results) == "gpu_ms":
         whole = [each for each in compare(results, "ms_per_step") if each.ratio]
         ahead = sum(each.ratio >= MUST for each in whole)
-        yield Text(f"with what the host adds: at or ahead in {ahead} of {len(whole)} rows")
+        yield Text(f"by whole steps, host included: at or ahead in {ahead} of {len(whole)} rows")
     for skipped in results["skipped"]:
         shape = f"h={skipped['h']} b={skipped['b']} context={skipped['context']}"
         yield Text(f"{skipped['backend']} left out at {shape}: {skipped['reason']}", style="yellow")

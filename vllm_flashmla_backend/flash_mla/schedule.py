@@ -198,8 +198,9 @@ class _Line:
 def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
     """Nothing cut: each sequence on the part whose share of the line has its middle.
 
-    None where a part gets more than its share and a start, which is what the worst one costs that goes on
-    with a sequence. A part whose share lies within a sequence may be idle.
+    None where a part would cost more than the worst one of `_on_a_line`: its share and one more start. So it
+    is with no more sequences than parts, for `_a_split_a_part` has taken those that would fit. A part whose
+    share lies within a sequence may be idle.
     """
     part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
     cost = [0] * len(line.begin_of_part)
