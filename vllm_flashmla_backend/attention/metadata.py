@@ -29,8 +29,8 @@ LONGEST_DECODED = 128
 """Query tokens of a sequence that are decoded rather than prefilled: measured, see docs/settings.md."""
 
 MOST_DECODED_ROWS = 4096
-"""And query tokens × heads of a sequence: from 64 heads on each token works through its context by itself, and a
-step of many whole prompts of 100 tokens should be prefilled faster; that is an estimate."""
+"""And query tokens × heads of a sequence: from 64 heads on each token works through its context by itself,
+and a step of many whole prompts of 100 tokens should be prefilled faster; that is an estimate."""
 
 
 @dataclass
