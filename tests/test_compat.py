@@ -38,7 +38,7 @@ if current_platform.is_cpu():  # elsewhere it has no base class
     from vllm_flashmla_backend.attention.platform import FlashMLACpuPlatform
 
     OVERRIDES.append((FlashMLACpuPlatform, FlashMLACpuPlatform.__mro__[1]))
-OURS_ALONE = {"_attend", "_use_native_rotary_embedding"}  # no hook of vLLM's
+OURS_ALONE = {"_attend", "_decodes_prompts", "_use_native_rotary_embedding"}  # no hook of vLLM's
 
 
 def hooks():
@@ -103,7 +103,9 @@ def test_vllm_constructs_our_builder_and_ours_vllms(monkeypatch):
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         model_config=SimpleNamespace(max_model_len=1024),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
     )
     group.create_metadata_builders(config, torch.device("cpu"), kernel_block_size=64)
     assert type(group.get_metadata_builder()) is metadata.FlashMLAMetadataBuilder

@@ -31,7 +31,7 @@ from vllm_flashmla_backend.flash_mla import (
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, WHOLE_PAGES, is_few
+from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, WHOLE_PAGES, is_few
 
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -168,7 +168,9 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
     parts = num_parts(device, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")
-    pages = splits * (WHOLE_PAGES if is_few(h_q) else 1)
+    pages = splits
+    if is_few(h_q):  # sequences of WHOLE_PAGES would stay whole
+        pages *= FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
     case = Case((pages * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
     inputs = make_inputs(case, device)
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
