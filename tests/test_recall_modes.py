@@ -12,14 +12,14 @@ from vllm_flashmla_backend import recall
 
 pytest.importorskip("vllm")
 
-from vllm_engines import count_right, engine  # noqa: E402
+from vllm_engines import NO_MULTICAST, count_right, engine  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 COUNT = 512
 
 IN_PIECES = {"mode": 3, "backend": "eager"}
-TWO_RANKS = dict(tensor_parallel_size=2, environment={"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"})
+TWO_RANKS = dict(tensor_parallel_size=2, environment=NO_MULTICAST)
 MODES: dict[str, dict] = {
     "eager": dict(enforce_eager=True),
     "FULL_DECODE_ONLY": {},

@@ -15,6 +15,7 @@ vllm = pytest.importorskip("vllm")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm_engines import (  # noqa: E402
     MODEL,
+    NO_MULTICAST,
     ON_GPU,
     PEER,
     engine,
@@ -37,8 +38,6 @@ on_gpus = pytest.mark.skipif(not ON_GPU, reason="on a CPU vLLM shares out no con
 LENGTHS = [1, 40, 63, 64, 65, 128, 129, 300, 1200]
 STEPS = 6
 OPTIONS = dict(dtype=DTYPE, max_num_batched_tokens=256)  # long prompts are prefilled in chunks
-# Sums over symmetric memory need NVLink multicast; without it, in virtual machines, vLLM may hang at start.
-NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
 
 
 @cache

@@ -35,6 +35,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads wait for others on their core
 }
 
+# Sums over symmetric memory need NVLink multicast; without it, in virtual machines, vLLM may hang at start.
+NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+
 
 @contextmanager
 def engine(backend: str, environment: dict[str, str] | None = None, **options) -> Iterator[LLM]:

@@ -26,7 +26,7 @@ PLATFORM = "manylinux_2_28_x86_64"
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".compat"
 
-HOOKS = ["tests/test_compat.py", "tests/test_vllm_backend.py"]
+HOOKS = ["tests/test_compat.py", "tests/test_vllm_backend.py", "tests/test_vllm_metadata.py"]
 SERVING = [
     "tests/test_vllm_generate.py::test_chunked_prefill_and_prefix_caching_give_the_peers_logprobs[float32-64]",
     "tests/test_vllm_generate.py::test_whole_prompts_without_prefix_caching_give_the_peers_logprobs",

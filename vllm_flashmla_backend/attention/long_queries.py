@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..flash_mla.schedule import ceil_div
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -41,7 +43,7 @@ class Runs:
 
 def cut(query_lens: np.ndarray, longest: int) -> Runs:
     """Cut queries of `query_lens` (b,) tokens into runs of at most `longest`."""
-    counts = np.maximum(1, -(-query_lens // longest))  # (b,)
+    counts = np.maximum(1, ceil_div(query_lens, longest))  # (b,)
     sequence = np.repeat(np.arange(len(query_lens)), counts)
     number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
     of_query = query_lens[sequence]

@@ -33,7 +33,7 @@ class StepComparison:
     rows: dict[str, dict]  # by backend
     shortest: dict[str, dict]  # the rows of the shortest context that a peer was measured at
     left_out: frozenset[str]  # backends that the shape does not fit, or that took too long
-    by: str = "ms_per_step"  # the key of a row by which it is compared
+    by: str  # the key of a row by which it is compared
 
     def __str__(self) -> str:
         return f"h={self.h} b={self.b} context={self.context}"
