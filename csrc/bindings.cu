@@ -81,9 +81,11 @@ cudaStream_t current_stream(const TensorView& tensor) {
     return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tensor.device().device_id));
 }
 
-// The copy engine's view of a tensor, innermost dimension first, in boxes that are 64 columns wide.
-CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int, 4> dims,
-                     std::array<cuuint32_t, 4> box) {
+// The copy engine's view of a tensor of 4 dimensions: of its columns as tiles of 64, in the order 64 columns,
+// dims[0], dims[1], tiles, dims[2]. A box has 64 columns, and as many entries as `box` says of the next
+// three.
+CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int, 3> dims,
+                     std::array<int, 3> box) {
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
@@ -97,16 +99,21 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
                   "the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
         return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
     }();
-    cuuint64_t sizes[4], strides[3];
-    for (int i = 0; i < 4; ++i) sizes[i] = tensor.size(dims[i]);
-    for (int i = 1; i < 4; ++i)  // of a single entry: any legal stride
-        strides[i - 1] = sizes[i] > 1 ? tensor.stride(dims[i]) * 2 : kAlignment;
-    const cuuint32_t element_strides[] = {1, 1, 1, 1};
+    constexpr cuuint64_t kColumns = 64;
+    const auto size = [&](int i) { return static_cast<cuuint64_t>(tensor.size(dims[i])); };
+    const auto stride = [&](int i) {  // of a single entry: any legal one
+        return size(i) > 1 ? static_cast<cuuint64_t>(tensor.stride(dims[i]) * 2) : kAlignment;
+    };
+    const cuuint64_t sizes[] = {kColumns, size(0), size(1), tensor.size(3) / kColumns, size(2)};
+    const cuuint64_t strides[] = {stride(0), stride(1), kColumns * 2, stride(2)};
+    const cuuint32_t box_sizes[] = {kColumns, static_cast<cuuint32_t>(box[0]),
+                                    static_cast<cuuint32_t>(box[1]), static_cast<cuuint32_t>(box[2]), 1};
+    const cuuint32_t element_strides[] = {1, 1, 1, 1, 1};
     CUtensorMap map;
     const CUresult status = encode(
         &map,
         has_dtype(tensor, kDLBfloat, 16) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        4, data<void>(tensor), sizes, strides, box.data(), element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        5, data<void>(tensor), sizes, strides, box_sizes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     MLA_CHECK(status == CUDA_SUCCESS, name << ": the copy engine refuses its address or strides (CUDA error "
                                            << int(status) << "), " << describe(tensor));
@@ -149,8 +156,9 @@ struct RowTiling {
     int tiles_per_token;
     int64_t num_row_tiles;  // over all KV heads
     int64_t partial_rows;
+    int query_box_tiles;
 
-    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
+    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len, int chunk_level)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
           heads_per_tile(std::min(heads_per_group, kTileRows)),
           tokens_per_tile(static_cast<int>(std::min<int64_t>(kTileRows / heads_per_tile, max_query_len))),
@@ -159,18 +167,25 @@ struct RowTiling {
           // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an
           // octet.
           partial_rows((num_row_tiles - 1) * kTileRows +
-                       ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8) {}
+                       ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8),
+          query_box_tiles(fills_its_kernel(max_query_len, chunk_level) ? kHeadDimV / 64 / 2 : 1) {}
+
+  private:
+    // Whether a tile has all the rows that the kernel has room for: then its tiles of columns are dense
+    // there.
+    bool fills_its_kernel(int64_t max_query_len, int chunk_level) const {
+        const int64_t rows = std::min<int64_t>(kTileRows, max_query_len * heads_per_group);
+        return heads_per_tile * tokens_per_tile == kernel_rows(static_cast<int>(rows), chunk_level);
+    }
 };
 
 DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling) {
-    constexpr cuuint32_t kColumns = 64;
-    const std::array<int, 4> q_dims{3, 2, 1, 0}, k_dims{3, 1, 2, 0};
-    const std::array<cuuint32_t, 4> q_box{kColumns, static_cast<cuuint32_t>(tiling.heads_per_tile),
-                                          static_cast<cuuint32_t>(tiling.tokens_per_tile), 1};
-    const std::array<cuuint32_t, 4> k_box{kColumns, kBoxTokens, 1, 1};
-    return {.q_nope = make_map("q_nope", q_nope, q_dims, q_box),
-            .q_pe = make_map("q_pe", q_pe, q_dims, q_box),
-            .k = make_map("k_cache", k_cache, k_dims, k_box)};
+    const std::array<int, 3> q_dims{2, 1, 0}, k_dims{1, 2, 0};
+    const int heads = tiling.heads_per_tile, tokens = tiling.tokens_per_tile;
+    return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, tiling.query_box_tiles}),
+            .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
+            .k_half = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, kHeadDimV / 64 / 2}),
+            .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
 }
 
 void check_decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
@@ -226,8 +241,8 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     check_chunk_level(chunk_level);
     const int64_t heads = q_nope.size(2), num_kv_heads = k_cache.size(2), batch = seq_lens.numel();
     const int64_t parts = tile_scheduler_metadata.size(0);
-    const RowTiling tiling(heads, num_kv_heads, max_query_len);
     const int max_pages = static_cast<int>(block_table.size(1)), level = static_cast<int>(chunk_level);
+    const RowTiling tiling(heads, num_kv_heads, max_query_len, level);
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
     // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
     const int64_t slots = level > 0 ? batch * chunks_per_seq : parts > 1 ? parts : 0;
@@ -259,6 +274,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .heads_per_tile = tiling.heads_per_tile,
         .tokens_per_tile = tiling.tokens_per_tile,
         .tiles_per_token = tiling.tiles_per_token,
+        .query_box_tiles = tiling.query_box_tiles,
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
         .inverse_tiles_per_token = static_cast<uint64_t>(ceil_div(1ll << 32, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint64_t>(ceil_div(1ll << 32, num_kv_heads)),

@@ -14,7 +14,6 @@ constexpr int kPageSize = 64;      // tokens in a page of the KV cache
 constexpr int kTileRows = 64;      // query rows a thread block works on, at most
 constexpr int kHeadDim = 576;      // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
-constexpr int kBoxTokens = 32;     // of a page, fetched at a time
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;   // of a split, in pages: START_COST of schedule.py
@@ -76,6 +75,7 @@ struct DecodeParams {
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
     int tiles_per_token;               // where one token's heads take several tiles
+    int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
     uint64_t inverse_tiles_per_token;  // 2^32 / tiles_per_token, rounded up; likewise
     uint64_t inverse_kv_heads;
@@ -88,13 +88,23 @@ struct DecodeParams {
     DType dtype;
 };
 
-// The copy engine's views: of the query, boxes of 64 columns x one tile's rows; of the cache, of 64 columns x
-// `kBoxTokens` of a page.
+// The copy engine's views, with tiles of 64 columns as a dimension of their own. A box of the query is a
+// block's rows x DecodeParams::query_box_tiles, or one tile of the rope part; of the cache, a page's 64
+// tokens x half of the latent part's tiles, or the rope tile.
 struct DecodeMaps {
-    CUtensorMap q_nope;  // 512 columns x h_q x s_q x b
-    CUtensorMap q_pe;    // 64 columns x h_q x s_q x b
-    CUtensorMap k;       // 576 columns x 64 tokens x h_kv x pages
+    CUtensorMap q_nope;  // 64 columns x h_q x s_q x 8 tiles x b
+    CUtensorMap q_pe;    // 64 columns x h_q x s_q x 1 tile x b
+    CUtensorMap k_half;  // 64 columns x 64 tokens x h_kv x 9 tiles x pages
+    CUtensorMap k_rope;  // likewise
 };
+
+// Query rows for which the decode kernel has room that is launched for `rows` of a KV head. By shapes alone:
+// a captured graph is replayed with other lengths. The batch-invariant mode has one kernel, as the longest
+// query of a batch must not choose what decodes the others.
+inline int kernel_rows(int rows, int chunk_level) {
+    if (rows > kFewRows || chunk_level > 0) return kTileRows;
+    return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
+}
 
 // Pages of a sequence; a negative length counts as none.
 __host__ __device__ inline int pages_of(int seq_len) {

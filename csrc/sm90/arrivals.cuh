@@ -13,36 +13,44 @@ namespace mla {
 constexpr uint32_t kAllArrived = 1u << 31;
 
 // A counter for each block, used for the sequence that is cut at its part's end. When all have arrived its
-// top bit flips and the rest is zero again: no launch has to reset it. Each kernel's source has its own, 1
-// MB.
+// top bit, the phase, flips and the rest is zero again: no launch has to reset it. Each kernel's source has
+// its own, 1 MB.
 __device__ static uint32_t g_arrivals[kArrivalsSlots][kMaxBlocks];
 
-__device__ inline uint32_t* arrivals_of(const DecodeParams& params, const SplitPlace& place) {
-    return &g_arrivals[params.arrivals_slot][(part_of_block(params) - place.index) * gridDim.x + blockIdx.x];
+// Of a sequence whose split of this number is this block's.
+__device__ inline uint32_t* arrivals_of(const DecodeParams& params, int split) {
+    return &g_arrivals[params.arrivals_slot][(part_of_block(params) - split) * gridDim.x + blockIdx.x];
 }
 
-// What a consumer's arrivals found in the counters: of the part's first sequence and of its last.
-using Tickets = uint32_t[kConsumers][2];
+// What each consumer found in the counters before it arrived: of the part's first sequence and of its last.
+using Phases = uint32_t[kConsumers][2];
 
-// Says that this warpgroup's half of a partial is written. Remembers what the counter was.
-__device__ inline void arrive(const DecodeParams& params, const PartPlan& plan, Tickets& tickets,
-                              const Split& split, const SplitPlace& place, int consumer) {
+// Called at the block's start, when there is time. The phases do not flip before this block has arrived.
+__device__ inline void read_phases(const DecodeParams& params, const PartPlan& plan, Phases& phases,
+                                   int consumer) {
+    if (threadIdx.x % kWarpgroup != 0) return;
+    const uint32_t of_first = ptx::signal_read(arrivals_of(params, first_split_of(params, plan)));
+    const uint32_t of_last = ptx::signal_read(arrivals_of(params, 0));
+    phases[consumer][0] = of_first & kAllArrived;
+    phases[consumer][1] = of_last & kAllArrived;
+}
+
+// Says that this warpgroup's half of a partial is written.
+__device__ inline void arrive(const DecodeParams& params, const SplitPlace& place, int consumer) {
     sync_warpgroup(consumer);
     if (threadIdx.x % kWarpgroup != 0) return;
     const uint32_t others = place.num_splits * kConsumers - 1;
     const bool is_first = place.index == 0 && consumer == 0;
-    tickets[consumer][split.seq != plan.first_seq] =
-        ptx::signal_add(arrivals_of(params, place), is_first ? kAllArrived - others : 1);
+    ptx::signal_add(arrivals_of(params, place.index), is_first ? kAllArrived - others : 1);
 }
 
 // All warps look for themselves, and by a vote: a loop that lanes leave one by one would cost the kernel's
 // main loop its uniform registers.
-__device__ inline void wait_for_all(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
+__device__ inline void wait_for_all(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
                                     const Split& split, const SplitPlace& place, int consumer) {
-    sync_warpgroup(consumer);  // the ticket is there
-    const uint32_t before = tickets[consumer][split.seq != plan.first_seq];
-    const uint32_t* counter = arrivals_of(params, place);
-    while (!__all_sync(~0u, ((ptx::signal_read(counter) ^ before) & kAllArrived) != 0)) {
+    const uint32_t before = phases[consumer][split.seq != plan.first_seq];
+    const uint32_t* counter = arrivals_of(params, place.index);
+    while (!__all_sync(~0u, (ptx::signal_read(counter) & kAllArrived) != before)) {
     }
 }
 

@@ -2,6 +2,7 @@
 // them at the end, and a producer whose one thread walks the same splits ahead of them.
 #pragma once
 
+#include "arrivals.cuh"
 #include "loader.cuh"
 
 namespace mla {
@@ -23,7 +24,8 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
     } else if (thread == 2 * kWarpgroup) {
-        ptx::prefetch_map(maps.k);
+        ptx::prefetch_map(maps.k_rope);
+        ptx::prefetch_map(maps.k_half);
         ptx::prefetch_map(maps.q_nope);
         ptx::prefetch_map(maps.q_pe);
     }
@@ -39,6 +41,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     }
     ptx::take_registers<kConsumerRegisters>();
     State state;
+    read_phases(params, shared.plan, shared.phases, warpgroup);
     for_each_split<kMode>(params, shared.plan, tile,
                           [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
     merge(shared, tile, warpgroup);

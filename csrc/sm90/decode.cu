@@ -9,10 +9,8 @@
 namespace mla {
 namespace {
 
-// By shapes alone: a captured graph is replayed with other lengths. The batch-invariant mode has one kernel,
-// as the longest query of a batch must not choose what decodes the others.
 bool has_few_rows(const DecodeParams& params) {
-    return params.query_len * params.heads_per_group <= kFewRows && params.chunk_level == 0;
+    return kernel_rows(params.query_len * params.heads_per_group, params.chunk_level) < kTileRows;
 }
 
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {

@@ -168,14 +168,15 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 // Merges the part's first and last sequence where other parts work on them, too, and the splits are not
 // merged already.
 template <typename T, int kVectors, typename IsMerged>
-__device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
+__device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer, MergeScratch& scratch,
                                     IsMerged&& is_merged) {
     constexpr int kFewSplits = 7;
     for_each_split<Mode::kSplits>(params, plan, tile, [&](const Split& split) {
         const SplitPlace place(params, plan, split);
         if (!place.is_partial() || is_merged(place)) return;
-        wait_for_all(params, plan, tickets, split, place, consumer);
+        sync_warpgroup(consumer);  // what a merge before left in the scratch has been read
+        wait_for_all(params, plan, phases, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
             merge_wide<T, kVectors>(params, tile, split, place, place, consumer);
         } else {
@@ -186,13 +187,13 @@ __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& 
 
 // In the batch-invariant mode, merges all that the part has chunks of: one chunk after another.
 template <typename T>
-__device__ inline void merge_chunks(const DecodeParams& params, const PartPlan& plan, const Tickets& tickets,
+__device__ inline void merge_chunks(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer) {
     sync_consumers();  // what either stored is there for both
     for_each_split<Mode::kBatchInvariant>(params, plan, tile, [&](const Split& chunk) {
         const SplitPlace part(params, plan, chunk), place = SplitPlace::of_chunk(params, chunk);
         if (!chunk.ends_piece || !place.is_partial()) return;
-        if (part.is_partial()) wait_for_all(params, plan, tickets, chunk, part, consumer);
+        if (part.is_partial()) wait_for_all(params, plan, phases, chunk, part, consumer);
         merge_wide<T, 4>(params, tile, chunk, place, part, consumer);
     });
 }

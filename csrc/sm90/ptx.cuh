@@ -56,13 +56,8 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 // ---- signals between blocks ----
 
 // Adds to a counter in global memory; what this thread saw written before is visible to whoever waits for it.
-__device__ inline uint32_t signal_add(uint32_t* counter, uint32_t value) {
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(counter), "r"(value)
-                 : "memory");
-    return old;
+__device__ inline void signal_add(uint32_t* counter, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 __device__ inline uint32_t signal_read(const uint32_t* counter) {
@@ -78,28 +73,27 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// One box of a 4-D tensor into shared memory; completion is counted in bytes on `barrier`.
-__device__ inline void load_tensor_4d(void* smem, const CUtensorMap& map, uint64_t* barrier, int c0, int c1,
-                                      int c2, int c3) {
+// One box of a tensor into shared memory, from column 0 on; completion is counted in bytes on `barrier`.
+__device__ inline void load_box(void* smem, const CUtensorMap& map, uint64_t* barrier, int c1, int c2, int c3,
+                                int c4) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-        "%6}], "
-        "[%2];" ::"r"(smem_address(smem)),
-        "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(smem)),
+        "l"(&map), "r"(smem_address(barrier)), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
 }
 
 // Likewise; the L2 makes room with these lines before it does with others.
-__device__ inline void load_tensor_4d_evict_first(void* smem, const CUtensorMap& map, uint64_t* barrier,
-                                                  int c0, int c1, int c2, int c3) {
+__device__ inline void load_box_evict_first(void* smem, const CUtensorMap& map, uint64_t* barrier, int c1,
+                                            int c2, int c3, int c4) {
     asm volatile(
         "{\n"
         ".reg .b64 policy;\n"
         "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2], policy;\n"
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2], policy;\n"
         "}\n" ::"r"(smem_address(smem)),
-        "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        "l"(&map), "r"(smem_address(barrier)), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
 }
 

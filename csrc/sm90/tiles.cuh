@@ -37,12 +37,22 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 constexpr int kConsumerRegisters = 224;
 constexpr int kProducerRegisters = 56;
 
-// The page's tiles in the groups that are given back together.
+// The page's tiles in the groups that arrive together, and are given back.
 enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
 
-// The ring of pages: what is there, tile by tile, and what was given back.
+__device__ constexpr TileGroup group_of(int tile) {
+    return static_cast<TileGroup>(tile / kTilesHalfV);
+}
+__device__ constexpr int first_tile(TileGroup group) {
+    return group * kTilesHalfV;
+}
+__device__ constexpr int tiles_in(TileGroup group) {
+    return group == kRope ? 1 : kTilesHalfV;
+}
+
+// The ring of pages: what is there, and what was given back.
 struct PageBarriers {
-    uint64_t full[kStages][kTiles];
+    uint64_t full[kStages][kTileGroups];
     uint64_t empty[kStages][kTileGroups];
 };
 
@@ -51,12 +61,13 @@ __device__ inline void sync_warpgroup(int consumer) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
 }
 
-// A page's tiles arrive one by one; a warpgroup's warps give back a group of them.
+// A warpgroup's warps give back a group of tiles.
 __device__ inline void init_page_barriers(PageBarriers& pages) {
     for (int stage = 0; stage < kStages; ++stage) {
-        for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(&pages.full[stage][tile], 1);
-        for (int group = 0; group < kTileGroups; ++group)
+        for (int group = 0; group < kTileGroups; ++group) {
+            ptx::barrier_init(&pages.full[stage][group], 1);
             ptx::barrier_init(&pages.empty[stage][group], kWarps);
+        }
     }
 }
 

@@ -120,6 +120,11 @@ __device__ inline void for_each_split(const DecodeParams& params, const PartPlan
     }
 }
 
+// The number of the part's first split within its sequence.
+__device__ inline int first_split_of(const DecodeParams& params, const PartPlan& plan) {
+    return max(0, min(plan.first_split, part_of_block(params)));
+}
+
 // What a split is of its sequence. If that has several, their results are partials, side by side in slots.
 struct SplitPlace {
     int index;
@@ -129,7 +134,7 @@ struct SplitPlace {
     __device__ SplitPlace(const DecodeParams& params, const PartPlan& plan, const Split& split) {
         const bool is_first = split.seq == plan.first_seq;
         const int part = part_of_block(params);
-        index = is_first ? max(0, min(plan.first_split, part)) : 0;
+        index = is_first ? first_split_of(params, plan) : 0;
         num_splits = is_first ? plan.first_splits : split.seq == plan.last_seq ? plan.last_splits : 1;
         num_splits = max(index + 1, min(num_splits, params.num_parts - part + index));
         first_slot = plan.first_slot + (!is_first && plan.first_splits > 1 ? 1 : 0) - index;

@@ -16,16 +16,16 @@ struct ConsumerState {
     int pages = 0;  // of the part, both consumers' together
 };
 
-// scores (64 keys, kRows) = k q^T, tile by tile as the page arrives.
+// scores (64 keys, kRows) = k q^T, group by group of tiles as the page arrives.
 template <typename T, int kRows>
 __device__ inline void compute_scores(Storage<kRows>& shared, int stage, uint32_t parity,
                                       float (&scores)[kRows / 2]) {
     const uint32_t k = wgmma::descriptor(shared.k[stage], 0), q = wgmma::descriptor(shared.q, 0);
+    wgmma::fence();
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        ptx::barrier_wait(&shared.pages.full[stage][tile], parity);
-        wgmma::fence();
+        if (tile % kTilesHalfV == 0) ptx::barrier_wait(&shared.pages.full[stage][group_of(tile)], parity);
 #pragma unroll
         for (int step = 0; step < 4; ++step)
             Product<T, kRows>::scores(scores, wgmma::advance(k, tile * kTileBytes + step * 32),

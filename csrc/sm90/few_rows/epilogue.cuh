@@ -32,14 +32,15 @@ struct RowTotal {
     float sum = 0.f;
 
     __device__ RowTotal(const Storage<kRows>& shared, int row) {
-        max = fmaxf(shared.max[0][row], shared.max[1][row]);
+        const float2 of_consumer = *reinterpret_cast<const float2*>(shared.max[row]);
+        max = fmaxf(of_consumer.x, of_consumer.y);
         const float offset = max == -INFINITY ? 0.f : max;
+        weight[0] = ptx::exp2_approx(of_consumer.x - offset);
+        weight[1] = ptx::exp2_approx(of_consumer.y - offset);
 #pragma unroll
         for (int consumer = 0; consumer < kConsumers; ++consumer) {
-            weight[consumer] = ptx::exp2_approx(shared.max[consumer][row] - offset);
-#pragma unroll
-            for (int warp = 0; warp < kWarps; ++warp)
-                sum += shared.sum[consumer][warp][row] * weight[consumer];
+            const float4 of_warp = *reinterpret_cast<const float4*>(shared.sum[consumer][row]);
+            sum += (of_warp.x + of_warp.y + (of_warp.z + of_warp.w)) * weight[consumer];
         }
     }
     __device__ float inverse() const { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
@@ -155,7 +156,7 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
                                     const Split& split, int consumer, uint32_t& meeting_parity,
                                     const OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& own,
                                     const HalfOutput<kRows>& others) {
-    softmax.publish(shared.sum[consumer], shared.max[consumer]);
+    softmax.publish(shared.sum[consumer], shared.max, consumer);
     meet(shared, meeting_parity);  // also: what was staged for the split before has been copied
     const SplitPlace place(params, shared.plan, split);
     const Normalizer<kRows> normalizer(shared, consumer);
@@ -164,7 +165,7 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
     if (place.is_partial()) {
         store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
                              consumer);
-        arrive(params, shared.plan, shared.tickets, split, place, consumer);
+        arrive(params, place, consumer);
         return;
     }
     uint8_t* staging = shared.scratch[1 - consumer];  // what the other handed over

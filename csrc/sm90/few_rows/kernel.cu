@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         consume<T, kRows>(params, shared, tile, split, consumer, state);
     };
     const auto merge = [&](Storage<kRows>& shared, const RowTile& tile, int consumer) {
-        merge_splits<T, 2>(params, shared.plan, shared.tickets, tile, consumer,
-                           shared.merge_scratch(consumer), [](const SplitPlace&) { return false; });
+        merge_splits<T, 2>(params, shared.plan, shared.phases, tile, consumer, shared.merge_scratch(consumer),
+                           [](const SplitPlace&) { return false; });
     };
     run_block<Storage<kRows>, ConsumerState, Mode::kSplits>(params, maps, init_barriers<kRows>, consume_split,
                                                             merge);
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 Launchable kernel_for(const DecodeParams& params) {
     constexpr int kHalf = kFewRows / 2;
-    if (params.query_len * params.heads_per_group <= kHalf)
+    if (kernel_rows(params.query_len * params.heads_per_group, params.chunk_level) == kHalf)
         return {decode_kernel<T, kHalf>, sizeof(Storage<kHalf>)};
     return {decode_kernel<T, kFewRows>, sizeof(Storage<kFewRows>)};
 }

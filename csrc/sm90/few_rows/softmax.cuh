@@ -69,13 +69,14 @@ class OnlineSoftmax {
     }
 
     // Hands over what RowTotal needs of this consumer, after its last page. Both consumers meet behind it.
-    __device__ void publish(OfWarps& sum, float (&max)[kRows]) const {
+    __device__ void publish(float (&sum)[kRows][kWarps], float (&max)[kRows][kConsumers],
+                            int consumer) const {
         const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll
         for (int v = 0; v < kValues; ++v) {
             const float of_warp = reduce_lanes(sum_[v], [](float a, float b) { return a + b; });
-            if (lane < 4) sum[warp][row_of_value(v)] = of_warp;
-            if (lane < 4 && warp == 0) max[row_of_value(v)] = max_[v];
+            if (lane < 4) sum[row_of_value(v)][warp] = of_warp;
+            if (lane < 4 && warp == 0) max[row_of_value(v)][consumer] = max_[v];
         }
     }
 

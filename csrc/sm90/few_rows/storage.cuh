@@ -22,9 +22,9 @@ struct Storage {
     // At a split's end: a consumer's half of the output for the other one, then the other's place for rows.
     alignas(kSwizzleAtomBytes) uint8_t scratch[kConsumers][kScratchBytes];
     float page_max[kConsumers][kWarps][kRows];
-    float sum[kConsumers][kWarps][kRows];  // of the weights, at a split's end
-    float max[kConsumers][kRows];          // to which they are relative
-    Tickets tickets;
+    alignas(16) float sum[kConsumers][kRows][kWarps];  // of the weights, at a split's end
+    alignas(8) float max[kRows][kConsumers];           // to which they are relative
+    Phases phases;
     PartPlan plan;
     uint64_t q_full;
     uint64_t q_empty;

@@ -10,15 +10,15 @@
 
 namespace mla::many_rows {
 
-// scores (64 x 64) = q k^T, tile by tile as the page arrives.
+// scores (64 x 64) = q k^T, group by group of tiles as the page arrives.
 template <typename T>
 __device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity, float (&scores)[32]) {
     const uint32_t q = wgmma::descriptor(shared.q, 0), k = wgmma::descriptor(shared.k[slot], 0);
+    wgmma::fence();
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        ptx::barrier_wait(&shared.pages.full[slot][tile], parity);
-        wgmma::fence();
+        if (tile % kTilesHalfV == 0) ptx::barrier_wait(&shared.pages.full[slot][group_of(tile)], parity);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             const uint32_t at = tile * kTileBytes + step * 32;
@@ -173,8 +173,7 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
         uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
-        for (int t = kTilesHalfV; t < kTilesV; ++t)
-            ptx::barrier_wait(&shared.pages.full[slot][t], state.stage.parity);
+        ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
         start_output<T>(weights, v_tiles, output);
@@ -200,9 +199,9 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
                       scale, consumer);
-    if (place.is_partial()) arrive(params, shared.plan, shared.tickets, split, place, consumer);
+    if (place.is_partial()) arrive(params, place, consumer);
     if (is_mine && exchanged) {
-        wait_for_all(params, shared.plan, shared.tickets, split, place, consumer);
+        wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
         scale = merge_exchanged(params, tile, split, place, consumer, scale, output);
     }
     if (!is_mine) return;
@@ -223,8 +222,7 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
         if (!chunk.is_idle())
             store_partial(Partial(params, tile, place, place.index), chunk.valid_rows(params, tile), output,
                           scale, consumer);
-        if (part.is_partial() && chunk.ends_piece)
-            arrive(params, shared.plan, shared.tickets, chunk, part, consumer);
+        if (part.is_partial() && chunk.ends_piece) arrive(params, part, consumer);
     } else if (chunk.seq_len <= 0) {
         store_zeros<T>(params, tile, chunk, consumer);
     } else if (!chunk.is_idle()) {

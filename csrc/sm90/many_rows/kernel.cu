@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto merge = [&](Storage& shared, const RowTile& tile, int consumer) {
         if constexpr (kMode == Mode::kBatchInvariant) {
-            merge_chunks<T>(params, shared.plan, shared.tickets, tile, consumer);
+            merge_chunks<T>(params, shared.plan, shared.phases, tile, consumer);
         } else {
             merge_splits<T, 4>(
-                params, shared.plan, shared.tickets, tile, consumer, shared.merge_scratch(consumer),
+                params, shared.plan, shared.phases, tile, consumer, shared.merge_scratch(consumer),
                 [&](const SplitPlace& place) { return is_exchange(params, shared.plan, place); });
         }
     };

@@ -20,7 +20,7 @@ struct Storage {
     // output before the page is added, and after the last.
     float2 scale[kStages][kWarpgroup];
     float2 normalizer[kStages][kWarpgroup];
-    Tickets tickets;
+    Phases phases;
     PartPlan plan;
     uint64_t q_empty;
     PageBarriers pages;
