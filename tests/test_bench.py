@@ -306,7 +306,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
         (["--peers", "fa3,fastest"], "--peers has fastest"),
         (["--repeat", "0"], "--repeat is 0"),
         (["--build-limit", "0"], "--build-limit is 0, expected at least 1"),
-        (["--plot", "/nowhere/r.json"], "/nowhere/r.json"),
+        (["--plot", "/nowhere/r.json"], "/nowhere/r.json: No such file or directory; expected a results"),
     ],
 )
 def test_wrong_options_are_named(options, message):
