@@ -72,6 +72,7 @@ def test_command_draws_in_the_terminal_and_as_png(tmp_path, capsys):
     assert main(["plan", "--lens", lens, "--parts", str(PARTS)]) == 0
     said = capsys.readouterr().out
     assert all(piece in said for _, piece in expected())
+    assert "sequence[first:end) is that sequence's pages" in said
     assert f"6 sequences, {sum(-(-n // 64) for n in LENGTHS)} pages" in said
     png = tmp_path / "plan.png"
     assert main(["plan", "--lens", lens, "--parts", str(PARTS), "--out", str(png)]) == 0

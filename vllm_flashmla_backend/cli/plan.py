@@ -22,6 +22,7 @@ HOPPER_SMS = 132
 LONGEST = 2**31 - 1  # lengths are int32
 MOST_PARTS = 65_536  # hundreds of times what a GPU runs at once
 BAR_WIDTH = 60  # columns of the longest part's bar
+LEGEND = "sequence[first:end) is that sequence's pages from first to before end; both count from 0"
 SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
 
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console()
         for line in lines(work):
             console.print(line, soft_wrap=True)
+        print(LEGEND)
     print(summary(work, lengths))
     return 0
 
