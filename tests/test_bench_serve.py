@@ -304,6 +304,7 @@ def test_process_that_reports_nothing_is_ended():
         (["--row-seconds", "-1"], "--row-seconds is -1, expected at least 1"),
         (["--row-seconds", "nan"], "--row-seconds is nan, expected at least 1"),
         (["--tails"], "--serve and --tails are two benchmarks: expected one of them"),
+        (["--heads", "16,129"], "--heads: got 129 query heads, expected 1 to 128"),
         (["--model", "/nowhere"], "--model is /nowhere"),
         (["--plot", "/nowhere/r.json"], "/nowhere/r.json"),
     ],

@@ -73,6 +73,7 @@ def test_narrow_terminal_shows_every_pair_of_times_on_one_line(width):
     [
         (["--cached", "100"], "--cached is 100, expected whole pages"),
         (["--repeat", "0"], "--repeat is 0"),
+        (["--heads", "16,129"], "--heads: got 129 query heads, expected 1 to 128"),
         (["--model", "/nowhere"], "--model is /nowhere"),
     ],
 )

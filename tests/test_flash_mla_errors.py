@@ -58,6 +58,7 @@ WRONG = [
     ("q_nope", lambda t: t[0], r"got shape \(2, 4, 512\), expected a tensor of rank 4"),
     ("q_nope", lambda t: t[..., :500], r"got shape \(3, 2, 4, 500\), expected \(b, s_q, h_q, 512\)"),
     ("q_nope", lambda t: t[:0], r"got shape \(0, 2, 4, 512\)"),
+    ("q_nope", lambda t: t.repeat(1, 1, 33, 1), "got 132 query heads, expected 1 to 128"),
     ("q_nope", every_other, "got stride 2 in the last dimension, expected 1"),
     ("q_pe", lambda t: t[..., :32], r"expected \(b, s_q, h_q, 64\)"),
     ("q_pe", lambda t: t[:, :1], r"got shape \(3, 1, 4, 64\), expected \(3, 2, 4, 64\)"),
@@ -170,6 +171,17 @@ def test_wrong_head_size_is_named_by_flashmlas_entry(width, head_dim_v, name):
 def test_wrong_argument_of_the_planner_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         get_mla_metadata(*arguments)
+
+
+def test_more_heads_than_128_are_refused_by_planner_and_decode_alike():
+    lengths = torch.tensor([5, 6], dtype=torch.int32)
+    get_mla_metadata(lengths, 2 * 128, 1, num_heads_q=128)
+    with pytest.raises(ValueError, match="^num_heads_q: got 129 query heads, expected 1 to 128"):
+        get_mla_metadata(lengths, 2 * 129, 1, num_heads_q=129)
+    q, cache = torch.zeros(2, 1, 129, 576), torch.zeros(2, 64, 1, 576)
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^q: got 129 query heads, expected 1 to 128"):
+        flash_mla_with_kvcache(q, cache, table, lengths, 512, *get_mla_metadata())
 
 
 def test_plan_buffers_of_another_batch_are_refused():

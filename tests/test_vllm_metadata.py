@@ -57,6 +57,12 @@ def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch)
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
 
 
+def test_more_heads_than_a_call_may_have_are_refused_at_start(monkeypatch):
+    make_builder(monkeypatch, dcp_world_size=8)
+    with pytest.raises(ValueError, match="num_attention_heads: got 144 query heads, expected 1 to 128"):
+        make_builder(monkeypatch, dcp_world_size=9)
+
+
 @pytest.mark.parametrize("invariant", [True, False])
 def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invariant, monkeypatch):
     monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)

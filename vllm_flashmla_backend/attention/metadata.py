@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
+from ..flash_mla.checks import check_heads
 from ..flash_mla.chunks import chunk_level
 from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
@@ -97,6 +98,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, FlashMLAMetadata)
         # decode context parallelism gathers the heads of its ranks before the kernel runs
         self.num_query_heads = self.num_heads * self.dcp_world_size
+        check_heads("num_attention_heads", self.num_query_heads)
         # vLLM has set the threshold to the tokens of a decode with its drafts, which full graphs are of
         self.run_len = max(self.reorder_batch_threshold, TILE_ROWS // self.num_query_heads)
         if takes_ragged and self._decodes_prompts(vllm_config):

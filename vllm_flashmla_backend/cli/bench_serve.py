@@ -19,6 +19,7 @@ from .results import (
     gpu_monitor,
     numbers,
     require,
+    require_heads,
     require_model,
     require_rows,
     show_tables,
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="some of ours and vLLM's own (default: all for this device)",
     )
     for option, default, what in (
-        ("--heads", HEADS, "query heads of the model, an engine for each"),
+        ("--heads", HEADS, "query heads of the model, up to 128, an engine for each"),
         ("--batches", BATCHES, "sequences that decode together"),
         ("--contexts", CONTEXTS, "cached tokens of each sequence"),
     ):
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         ("--steps", args.steps, 8),
         ("--row-seconds", args.row_seconds, 1),
     )
+    require_heads(*args.heads)
     if args.plot:
         return show(args.plot, args.plots)
     require_model(args.model)

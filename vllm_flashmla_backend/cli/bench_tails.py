@@ -17,6 +17,7 @@ from .results import (
     gpu_monitor,
     numbers,
     require,
+    require_heads,
     require_model,
     require_rows,
     show_tables,
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.cached < 64 or args.cached % 64:
         raise SystemExit(f"--cached is {args.cached}, expected whole pages of 64 tokens")
     require(("--layers", args.layers, 1), ("--repeat", args.repeat, 2))
+    require_heads(*args.heads)
     if args.plot:
         return show(args.plot)
     require_model(args.model)

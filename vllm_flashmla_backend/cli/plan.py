@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from .results import require, require_heads
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lens", required=True, metavar="N,N,…", help="tokens in the cache, by sequence")
-    parser.add_argument("--heads", type=int, default=128, help="query heads (default: 128)")
+    parser.add_argument("--heads", type=int, default=128, help="query heads, 1 to 128 (default: 128)")
     parser.add_argument("--query-len", type=int, default=1, help="query tokens a sequence (default: 1)")
     parser.add_argument(
         "--parts",
@@ -50,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from ..flash_mla import chunks, schedule
 
     lengths = parse_lengths(args.lens)
-    for option, value in (("--heads", args.heads), ("--query-len", args.query_len)):
-        if value < 1:
-            raise SystemExit(f"{option} is {value}, expected at least 1")
+    require_heads(args.heads)
+    require(("--query-len", args.query_len, 1))
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len

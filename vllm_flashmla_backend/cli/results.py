@@ -81,6 +81,17 @@ def require(*options: tuple[str, float, float]) -> None:
             raise SystemExit(f"{name} is {value:g}, expected at least {least:g}")
 
 
+def require_heads(*numbers: int) -> None:
+    """SystemExit where `--heads` has a number that no call may have."""
+    from ..flash_mla.checks import check_heads
+
+    try:
+        for heads in numbers:
+            check_heads("--heads", heads)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 def require_model(path: Path) -> None:
     """SystemExit where `--model` is no directory of a model."""
     if not (path / "config.json").is_file():

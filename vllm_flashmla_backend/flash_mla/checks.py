@@ -21,6 +21,9 @@ HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64
 HEAD_DIM = HEAD_DIM_V + HEAD_DIM_ROPE
 
+MAX_HEADS = 128
+"""Query heads of a call, as many as the models have; no kernels are tested with more."""
+
 DTYPES = {
     "cpu": (torch.bfloat16, torch.float16, torch.float32),
     "cuda": (torch.bfloat16, torch.float16),
@@ -89,12 +92,18 @@ def check_strides(name: str, tensor: torch.Tensor) -> None:
             fail(name, f"strides {tensor.stride()}", "multiples of 8 elements: data moves 16 bytes at a time")
 
 
+def check_heads(name: str, heads: int) -> None:
+    if not 1 <= heads <= MAX_HEADS:
+        fail(name, f"{heads} query heads", f"1 to {MAX_HEADS}")
+
+
 def check_query(name: str, q: torch.Tensor, dimensions: str, head_dim: int) -> None:
     """Of these dimensions and the last, of a type that the device's kernels take, with fit strides."""
     check_rank(name, q, len(dimensions.split()) + 1)
     if q.shape[-1] != head_dim or 0 in q.shape:
         expected = ", ".join([*dimensions.split(), str(head_dim)])
         fail(name, f"shape {tuple(q.shape)}", f"({expected}), none of them 0")
+    check_heads(name, q.shape[-2])
     check_device(name, q)
     dtypes = DTYPES[q.device.type]
     if q.dtype not in dtypes:

@@ -47,7 +47,7 @@ def flash_mla_with_kvcache(
 
     Parameters
     ----------
-    q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32. The last dimension is
+    q : (b, s_q, h_q, 576) bfloat16 or float16, on a CPU also float32; up to 128 heads. The last dimension is
         contiguous; the others have any strides, on a GPU multiples of 16 bytes. So have the cache's.
     k_cache : (pages, 64, h_kv, 576) in q's dtype; V is the first 512 of K.
     block_table : (b, max_pages) int32; only the first `ceil(length / 64)` of a row count.

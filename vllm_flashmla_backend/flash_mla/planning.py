@@ -11,7 +11,15 @@ from functools import lru_cache
 import torch
 
 from . import chunks, schedule
-from .checks import check_bool, check_lengths, check_not_negative, check_plan_buffers, check_rank, fail
+from .checks import (
+    check_bool,
+    check_heads,
+    check_lengths,
+    check_not_negative,
+    check_plan_buffers,
+    check_rank,
+    fail,
+)
 from .providers import Provider, provider_for
 from .schedule import METADATA_WIDTH
 
@@ -75,8 +83,8 @@ def get_mla_metadata(
     num_heads_k : KV heads, `h_kv`.
     batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
         that decodes says so, too.
-    num_heads_q : `h_q`. Only a batch-invariant plan of several query tokens has to know it; unless given, the
-        query rows are taken for the heads of one token.
+    num_heads_q : `h_q`, 1 to 128. Only a batch-invariant plan of several query tokens has to know it; unless
+        given, the query rows are taken for the heads of one token.
 
     Returns
     -------
@@ -99,7 +107,8 @@ def get_mla_metadata(
             fail(name, repr(value), "an int of at least 1")
     if num_heads_q is None:
         num_heads_q = num_heads_per_head_k * num_heads_k
-    _check_num_heads_q(num_heads_q, num_heads_per_head_k, num_heads_k)
+    else:
+        _check_num_heads_q(num_heads_q, num_heads_per_head_k, num_heads_k)
     parts = num_parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
@@ -149,6 +158,7 @@ def _check_num_heads_q(num_heads_q: int, num_heads_per_head_k: int, num_heads_k:
     if not divides or num_heads_per_head_k % (num_heads_q // num_heads_k):
         expected = f"h_q, whole query tokens of which are {num_heads_per_head_k} rows for a KV head"
         fail("num_heads_q", repr(num_heads_q), expected)
+    check_heads("num_heads_q", num_heads_q)
 
 
 def provider_with(device: torch.device, chunk_level: int) -> Provider:
