@@ -164,7 +164,7 @@ def test_wrong_head_size_is_named_by_flashmlas_entry(width, head_dim_v, name):
             "got a tensor on meta, expected one on cpu",
         ),
         ((None, 16, 1), "cache_seqlens: got NoneType"),
-        ((torch.zeros(2, dtype=torch.int32), None, 1), "num_heads_per_head_k: got None"),
+        ((torch.zeros(2, dtype=torch.int32), None, 1), "num_q_tokens_per_head_k: got None"),
         ((torch.zeros(2, dtype=torch.int32), 16, 0), "num_heads_k: got 0, expected an int of at least 1"),
     ],
 )

@@ -179,6 +179,15 @@ def check_bool(name: str, value: object) -> None:
         fail(name, repr(value), "True or False")
 
 
+def check_not_served(is_fp8_kvcache: bool, sparse: str, tokens: object) -> None:
+    """FlashMLA's arguments for an FP8 cache and for sparse attention (`sparse` names it) are left unset."""
+    instead = "not served here, but by DeepSeek's flash_mla package and, in vLLM, by"
+    if is_fp8_kvcache is not False:
+        fail("is_fp8_kvcache", repr(is_fp8_kvcache), f"False: an FP8 cache is {instead} its own FLASHMLA")
+    if tokens is not None:
+        fail(sparse, type(tokens).__name__, f"None: sparse attention is {instead} FLASHMLA_SPARSE")
+
+
 def check_softmax_scale(softmax_scale: float) -> None:
     """Finite and positive: a row's largest score is taken before scaling."""
     if not (isinstance(softmax_scale, (int, float)) and 0 < softmax_scale < math.inf):

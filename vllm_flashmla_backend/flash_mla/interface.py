@@ -19,6 +19,7 @@ from .checks import (
     check_cache,
     check_last_dimension,
     check_like,
+    check_not_served,
     check_plan_buffers,
     check_query,
     check_query_lengths,
@@ -41,6 +42,9 @@ def flash_mla_with_kvcache(
     num_splits: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: torch.Tensor | None = None,
+    *,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-head latent attention of a few new tokens over a paged cache.
@@ -58,6 +62,7 @@ def flash_mla_with_kvcache(
         planner wrote, or only a part of a plan, may leave the kernel waiting for ever.
     softmax_scale : factor on the scores, above 0; 576 ** -0.5 unless given.
     causal : query token i of s_q sees keys up to `length - s_q + i`.
+    is_fp8_kvcache, indices : FlashMLA's, for what is not served here; anything but False and None is refused.
     batch_invariant : a sequence's result has the same bits whatever else is in the batch, wherever it
         stands there. Takes a plan made so, and scratch memory for every chunk that a sequence may have.
 
@@ -71,6 +76,7 @@ def flash_mla_with_kvcache(
     ValueError
         An argument does not fit, or the chosen kernels cannot run on this device.
     """
+    check_not_served(is_fp8_kvcache, "indices", indices)
     check_query("q", q, "b s_q h_q", HEAD_DIM)
     if head_dim_v != HEAD_DIM_V:
         fail("head_dim_v", repr(head_dim_v), HEAD_DIM_V)

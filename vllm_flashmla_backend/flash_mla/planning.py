@@ -16,6 +16,7 @@ from .checks import (
     check_heads,
     check_lengths,
     check_not_negative,
+    check_not_served,
     check_plan_buffers,
     check_rank,
     fail,
@@ -68,23 +69,26 @@ def num_parts(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) ->
 
 def get_mla_metadata(
     cache_seqlens: torch.Tensor | None = None,
-    num_heads_per_head_k: int | None = None,
+    num_q_tokens_per_head_k: int | None = None,
     num_heads_k: int | None = None,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
     *,
     batch_invariant: bool = False,
-    num_heads_q: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[MLAPlan, None]:
     """Plan one decode step.
 
     Parameters
     ----------
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
-    num_heads_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
+    num_q_tokens_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
     num_heads_k : KV heads, `h_kv`.
-    batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
-        that decodes says so, too.
     num_heads_q : `h_q`, 1 to 128. Only a batch-invariant plan of several query tokens has to know it; unless
         given, the query rows are taken for the heads of one token.
+    is_fp8_kvcache, topk : FlashMLA's, for what is not served here; anything but False and None is refused.
+    batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
+        that decodes says so, too.
 
     Returns
     -------
@@ -99,21 +103,22 @@ def get_mla_metadata(
         An argument has the wrong type or shape, or the chosen kernels cannot run on this device.
     """
     check_bool("batch_invariant", batch_invariant)
-    if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
+    check_not_served(is_fp8_kvcache, "topk", topk)
+    if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return MLAPlan(batch_invariant), None
     check_lengths(cache_seqlens)
-    for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
+    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             fail(name, repr(value), "an int of at least 1")
     if num_heads_q is None:
-        num_heads_q = num_heads_per_head_k * num_heads_k
+        num_heads_q = num_q_tokens_per_head_k * num_heads_k
     else:
-        _check_num_heads_q(num_heads_q, num_heads_per_head_k, num_heads_k)
-    parts = num_parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
+        _check_num_heads_q(num_heads_q, num_q_tokens_per_head_k, num_heads_k)
+    parts = num_parts(cache_seqlens.device, num_q_tokens_per_head_k, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
     level = chunks.chunk_level(num_heads_q // num_heads_k) if batch_invariant else 0
-    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, num_heads_per_head_k, level)
+    plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, num_q_tokens_per_head_k, level)
     return tile_scheduler_metadata, num_splits
 
 
@@ -152,11 +157,11 @@ def plan_into(
     )
 
 
-def _check_num_heads_q(num_heads_q: int, num_heads_per_head_k: int, num_heads_k: int) -> None:
+def _check_num_heads_q(num_heads_q: int, num_q_tokens_per_head_k: int, num_heads_k: int) -> None:
     """Whole query tokens of so many heads make the rows that share a KV head."""
     divides = isinstance(num_heads_q, int) and num_heads_q > 0 and num_heads_q % num_heads_k == 0
-    if not divides or num_heads_per_head_k % (num_heads_q // num_heads_k):
-        expected = f"h_q, whole query tokens of which are {num_heads_per_head_k} rows for a KV head"
+    if not divides or num_q_tokens_per_head_k % (num_heads_q // num_heads_k):
+        expected = f"h_q, whole query tokens of which are {num_q_tokens_per_head_k} rows for a KV head"
         fail("num_heads_q", repr(num_heads_q), expected)
     check_heads("num_heads_q", num_heads_q)
 
