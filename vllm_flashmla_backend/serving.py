@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from .logs import errors
 from .processes import stop_group
 
 START_SECONDS = 400
@@ -53,7 +54,8 @@ def serve(model: Path, *options: str, name: str) -> Iterator[Server]:
 
     Raises
     ------
-    RuntimeError : the server ended, or did not answer within 400 s; holds the end of its log.
+    RuntimeError : the server ended, or did not answer within 400 s; holds the end of its log, and the errors
+        in all of it.
     """
     port = _free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
@@ -88,4 +90,5 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: IO[str]) -> No
         except (urllib.error.URLError, OSError):
             time.sleep(1)
     log.seek(0)
-    raise RuntimeError(f"the server {why}:\n{log.read()[-LOG_TAIL:]}")
+    said = log.read()
+    raise RuntimeError("\n".join([f"the server {why}:", said[-LOG_TAIL:], *errors(said)]))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ..logs import errors
 from ..processes import stop_group
 from .report import OURS, read
 
@@ -90,7 +91,7 @@ def measure(job: Job | TailsJob, silence_seconds: float = SILENCE_SECONDS) -> It
     ------
     What the process says: `{"engine": …}` when an engine has started, `{"rows": …}` for a row,
     `{"skipped": …}` for one that was left out, with the reason; and last
-    `{"failure": …}` if the process did not get to its end.
+    `{"failure": …}` if the process did not get to its end, with the errors in its log, and the log's end.
     """
     plugins = "flashmla,flashmla_cpu" if job.backend == OURS else ""  # set, so that no others differ either
     environment = os.environ | {"VLLM_PLUGINS": plugins}
@@ -109,7 +110,9 @@ def measure(job: Job | TailsJob, silence_seconds: float = SILENCE_SECONDS) -> It
             stop_group(process)
         if reason:
             log.seek(0)
-            yield {"failure": {"backend": job.backend, "error": reason, "log": log.read()[-4000:]}}
+            said = log.read()
+            why = "\n".join([reason, *errors(said)])
+            yield {"failure": {"backend": job.backend, "error": why, "log": said[-4000:]}}
 
 
 def _lines(process: subprocess.Popen, silence_seconds: float) -> Iterator[str]:

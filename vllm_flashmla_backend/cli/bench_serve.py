@@ -13,7 +13,6 @@ from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from .environment import device
 from .results import (
-    cause,
     describe_run,
     failed,
     gpu_monitor,
@@ -127,7 +126,7 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
                     serve.add(results, kind, entry)
                     progress.advance(bar)
                 report.save(results, path)
-    failures = [f"{each['backend']} {cause(each)}" for each in results["failures"]]
+    failures = [f"{each['backend']} {each['error']}" for each in results["failures"]]
     left_out = [f"{serve.name(each)}: {each['reason']}" for each in results["skipped"]]
     require_rows(results, failures + left_out)
     return path

@@ -11,7 +11,6 @@ from rich.console import Console
 from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
 from .results import (
-    cause,
     describe_run,
     failed,
     gpu_monitor,
@@ -78,7 +77,7 @@ def measure_all(args: argparse.Namespace) -> Path:
             elif kind == "failure":
                 results["failures"].append(entry | {"h": heads})
             report.save(results, path)
-    require_rows(results, (f"h={each['h']} {cause(each)}" for each in results["failures"]))
+    require_rows(results, (f"h={each['h']} {each['error']}" for each in results["failures"]))
     return path
 
 

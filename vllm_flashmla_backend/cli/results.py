@@ -64,14 +64,8 @@ def require_rows(results: dict, failures: Iterable[str]) -> None:
 
 
 def failed(failure: dict) -> str:
-    """That an engine's process failed, how, and the end of its log."""
-    return f"failed: {failure['error']}; the end of its log:\n{failure['log'][-1500:]}"
-
-
-def cause(failure: dict) -> str:
-    """How an engine's process failed, and the error that its log ends with."""
-    errors = re.split(r"^(?=[\w.]+(?:Error|Exception)\b)", failure["log"], flags=re.M)
-    return f"{failure['error']}: {errors[-1].strip()}" if len(errors) > 1 else failure["error"]
+    """That an engine's process failed, the end of its log, and why: last, where it is seen."""
+    return f"failed; the end of its log:\n{failure['log'][-1500:].rstrip()}\n{failure['error']}"
 
 
 def require(*options: tuple[str, float, float]) -> None:
