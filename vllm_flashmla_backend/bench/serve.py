@@ -29,6 +29,14 @@ PEERS = {"cuda": ("FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA"), "cpu": ("CPU_MLA"
 """vLLM's own backends for MLA, by device type; ours goes by the name `ours`."""
 
 HEADS, BATCHES, CONTEXTS = (16, 128), (1, 16, 64, 128), (1024, 8192, 32768)
+WARM_STEPS = 4  # of each round
+PAGE_TOKENS = 64  # one page is kept past a row's last token
+
+CPU_CACHE_BYTES = 64 << 20
+"""The KV cache on a CPU, where vLLM would take nearly all memory for it."""
+
+TOKEN_BYTES = 576 * 2  # of a layer's KV cache
+
 SILENCE_SECONDS = 180
 """An engine that reports nothing for so long, start included, has hung."""
 
@@ -76,6 +84,25 @@ class Job:
     @property
     def num_rows(self) -> int:
         return len(self.heads) * len(self.batches) * len(self.contexts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that each request of a row generates at most."""
+        return WARM_STEPS + self.steps + PAGE_TOKENS
+
+    @property
+    def max_model_len(self) -> int:
+        return max(self.contexts) + self.num_tokens
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens without room for which no engine starts; a row that needs more is left out."""
+        return self.max_model_len
+
+
+def cpu_cache_tokens(layers: int) -> int:
+    """Tokens that the KV cache has room for on a CPU; one page is vLLM's own."""
+    return (CPU_CACHE_BYTES // (layers * TOKEN_BYTES * PAGE_TOKENS) - 1) * PAGE_TOKENS
 
 
 def model_shape(model: Path, layers: int) -> dict:

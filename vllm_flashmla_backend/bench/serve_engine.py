@@ -28,20 +28,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .report import OURS
-from .serve import Job
+from .serve import CPU_CACHE_BYTES, WARM_STEPS, Job
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-WARM_STEPS = 4  # of each round
 STRETCH = 4
 """Steps that are timed together: with asynchronous scheduling short and long ones may take turns."""
 
 ENOUGH_STRETCHES = 3  # of a round, so that its median leaves out one that a late stamp made short
 LEAST_STRETCHES = 2  # where the row's time, or `--steps`, allows no round more
-
-PAGE_TOKENS = 64  # room that is kept past a row's last token
-CPU_CACHE_BYTES = 64 << 20
 
 
 class Worker:
@@ -125,7 +121,7 @@ def engine_options(job: Job) -> dict:
     """Decode steps as CUDA graphs, of requests whose pages are filled without a prefill."""
     return {
         "enable_prefix_caching": False,  # the prompts are alike, and must not share their pages
-        "max_model_len": max(job.contexts) + num_tokens(job),
+        "max_model_len": job.max_model_len,
         "max_num_seqs": max(job.batches),
         "max_num_batched_tokens": 2048,
         "disable_log_stats": False,  # the engine's time stamps come with them
@@ -153,15 +149,10 @@ def describe(llm: LLM, job: Job) -> dict:
     return {"class": name, "block_size": cache.block_size, "num_blocks": cache.num_gpu_blocks}
 
 
-def num_tokens(job: Job) -> int:
-    """Tokens that each request of a row generates at most."""
-    return WARM_STEPS + job.steps + PAGE_TOKENS
-
-
 def measure_row(llm: LLM, job: Job, row: dict) -> None:
     """Report the row's time, or why there is none."""
     size, available = row["block_size"], row["num_blocks"]
-    blocks = row["b"] * -(-(row["context"] + num_tokens(job)) // size)
+    blocks = row["b"] * -(-(row["context"] + job.num_tokens) // size)
     if blocks >= available:  # one block is vLLM's own
         reason = f"needs {blocks:,} blocks of {size} tokens, memory has {available:,}"
         return say("skipped", row | {"reason": reason})
@@ -227,7 +218,7 @@ def add_requests(llm: LLM, job: Job, batch: int, context: int, number: int) -> l
 
     params = SamplingParams(
         temperature=0,
-        max_tokens=num_tokens(job),
+        max_tokens=job.num_tokens,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .report import OURS
+from .serve import PAGE_TOKENS
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CACHED = 8192
 
 SHAPES = ((1, 0), (16, 0), (1, 15))
 """Tails in a step, and sequences that decode one token beside them: a call has one plan for all."""
+
+WARM_STEPS = 2
 
 PREFILL, DECODE = "prefill_us", "decode_us"
 
@@ -49,3 +52,21 @@ class TailsJob:
     def rows(self) -> list[tuple[int, int, int]]:
         """Tails, decodes, length of each row. Beside decodes, a tail of 1 is one of them."""
         return [(*shape, n) for shape in SHAPES for n in self.lengths if n > 1 or not shape[1]]
+
+    @property
+    def num_steps(self) -> int:
+        """More steps than a row has: what decodes beside the tails must not end before."""
+        return 2 * (WARM_STEPS + self.repeat) + 8
+
+    @property
+    def num_prompts(self) -> int:
+        return max(map(sum, SHAPES))
+
+    @property
+    def max_model_len(self) -> int:
+        return self.cached + max(self.lengths) + self.num_steps
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of all prompts, in whole pages: less room, and the prefix cache forgets some."""
+        return self.num_prompts * -(-self.max_model_len // PAGE_TOKENS) * PAGE_TOKENS

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .serve_engine import main, say, start_engine
-from .tails import DECODE, PREFILL, SHAPES, TailsJob
+from .tails import DECODE, PREFILL, SHAPES, WARM_STEPS, TailsJob
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-WARM_STEPS = 2
 NUMBERS = count()  # of requests
 
 
@@ -88,7 +87,6 @@ def run(job: TailsJob) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # requests added together then begin together
     start = time.perf_counter()
     tails, decodes = (max(shape[i] for shape in SHAPES) for i in (0, 1))
-    prompts = max(sum(shape) for shape in SHAPES)
     llm = start_engine(
         job.model,
         job.layers,
@@ -98,13 +96,13 @@ def run(job: TailsJob) -> None:
         enforce_eager=True,
         async_scheduling=False,
         gpu_memory_utilization=0.7,  # vLLM leaves no room for keys of all heads
-        max_model_len=job.cached + max(job.lengths) + num_steps(job),
-        max_num_seqs=prompts,
+        max_model_len=job.max_model_len,
+        max_num_seqs=job.num_prompts,
         max_num_batched_tokens=max(2048, tails * max(job.lengths) + decodes),
         worker_extension_cls=f"{__package__}.tails_engine.{Worker.__qualname__}",
     )
     llm.collective_rpc("watch_attention")
-    finish(llm, [add(llm, job, i, length=0) for i in range(prompts)])  # which fills the prefix cache
+    finish(llm, [add(llm, job, i, length=0) for i in range(job.num_prompts)])  # which fills the prefix cache
     say("engine", {"h": job.heads, "seconds": round(time.perf_counter() - start, 1)})
     for tails, decodes, length in job.rows:
         times = measure_row(llm, job, tails, decodes, length)
@@ -117,7 +115,7 @@ def run(job: TailsJob) -> None:
 
 def measure_row(llm: LLM, job: TailsJob, tails: int, decodes: int, length: int) -> dict[str, list[float]]:
     """Microseconds of a layer's attention in the steps that compute the tails, by each way."""
-    others = [add(llm, job, tails + i, length=1, max_tokens=num_steps(job)) for i in range(decodes)]
+    others = [add(llm, job, tails + i, length=1, max_tokens=job.num_steps) for i in range(decodes)]
     if others:
         llm.collective_rpc("decode_up_to", args=(1,))
         llm.llm_engine.step()
@@ -142,11 +140,6 @@ def measure_row(llm: LLM, job: TailsJob, tails: int, decodes: int, length: int) 
 def expected(way: str, tails: int, decodes: int, length: int) -> list[int]:
     """Tokens decoded and prefilled in the step that computes the tails."""
     return [decodes + tails * length, 0] if way == DECODE else [decodes, tails * length]
-
-
-def num_steps(job: TailsJob) -> int:
-    """More steps than a row has: what decodes beside the tails must not end before."""
-    return 2 * (WARM_STEPS + job.repeat) + 8
 
 
 def add(llm: LLM, job: TailsJob, prompt: int, length: int, max_tokens: int = 1) -> str:

@@ -18,12 +18,15 @@ from .results import (
     gpu_monitor,
     numbers,
     require,
+    require_cpu_cache,
     require_heads,
     require_model,
     require_rows,
     show_tables,
     unused_path,
 )
+
+ON_A_CPU = "--serve --layers 1 --heads 16 --batches 1,4 --contexts 1024 --rounds 2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         return show(args.plot, args.plots)
     require_model(args.model)
-    return show(measure_all(args, chosen_backends(args.backends)), args.plots)
+    jobs = jobs_of(args)
+    require_cpu_cache(jobs[0], f"--contexts up to {max(args.contexts):,}", ON_A_CPU)
+    return show(measure_all(args, jobs), args.plots)
 
 
 def chosen_backends(words: str | None) -> list[str]:
@@ -94,10 +99,9 @@ def chosen_backends(words: str | None) -> list[str]:
     return chosen
 
 
-def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
-    """Run an engine for each backend and number of heads; the results file, written anew after each row."""
-    results, path = begin(args)
-    jobs = [
+def jobs_of(args: argparse.Namespace) -> list[serve.Job]:
+    """A job for each backend."""
+    return [
         serve.Job(
             backend=backend,
             model=str(args.model),
@@ -109,8 +113,13 @@ def measure_all(args: argparse.Namespace, backends: list[str]) -> Path:
             steps=args.steps,
             row_seconds=args.row_seconds,
         )
-        for backend in backends
+        for backend in chosen_backends(args.backends)
     ]
+
+
+def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
+    """Run an engine for each backend and number of heads; the results file, written anew after each row."""
+    results, path = begin(args)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"{len(jobs)} backends", total=sum(job.num_rows for job in jobs))
         for job in jobs:

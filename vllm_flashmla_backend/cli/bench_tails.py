@@ -16,12 +16,15 @@ from .results import (
     gpu_monitor,
     numbers,
     require,
+    require_cpu_cache,
     require_heads,
     require_model,
     require_rows,
     show_tables,
     unused_path,
 )
+
+ON_A_CPU = "--tails --layers 1 --heads 16 --cached 128 --lengths 1,8 --repeat 2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,24 +61,33 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         return show(args.plot)
     require_model(args.model)
-    return show(measure_all(args))
+    jobs = jobs_of(args)
+    require_cpu_cache(jobs[0], f"--cached {args.cached:,}, --lengths up to {max(args.lengths)}", ON_A_CPU)
+    return show(measure_all(args, jobs))
 
 
-def measure_all(args: argparse.Namespace) -> Path:
+def jobs_of(args: argparse.Namespace) -> list[TailsJob]:
+    """A job for each number of heads."""
+    return [
+        TailsJob(str(args.model), args.layers, heads, args.cached, args.lengths, args.repeat)
+        for heads in args.heads
+    ]
+
+
+def measure_all(args: argparse.Namespace, jobs: list[TailsJob]) -> Path:
     """Run an engine for each number of heads; the results file, written anew after each row."""
     shape = serve.model_shape(args.model, args.layers)
     results = describe_run(args, gpu_monitor()) | {"tails_model": shape, "rows": [], "failures": []}
     path = unused_path(args.out, results["gpu"] or "cpu", results["date"], "-tails")
     console = Console(stderr=True)
-    for heads in args.heads:
-        job = TailsJob(str(args.model), args.layers, heads, args.cached, args.lengths, args.repeat)
+    for job in jobs:
         for reported in serve.measure(job):
             ((kind, entry),) = reported.items()
-            console.print(tell(heads, kind, entry), soft_wrap=True, highlight=False, markup=False)
+            console.print(tell(job.heads, kind, entry), soft_wrap=True, highlight=False, markup=False)
             if kind == "rows":
                 results["rows"].append(entry)
             elif kind == "failure":
-                results["failures"].append(entry | {"h": heads})
+                results["failures"].append(entry | {"h": job.heads})
             report.save(results, path)
     require_rows(results, (f"h={each['h']} {each['error']}" for each in results["failures"]))
     return path

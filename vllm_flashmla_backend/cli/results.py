@@ -15,6 +15,8 @@ from .environment import VLLM, commit, describe, device, installed_version
 
 if TYPE_CHECKING:
     from ..bench.clock import GpuMonitor
+    from ..bench.serve import Job
+    from ..bench.tails import TailsJob
 
 WIDTH = 220  # columns where the output is no terminal: every table fits whole
 
@@ -84,6 +86,19 @@ def require_heads(*numbers: int) -> None:
             check_heads("--heads", heads)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+
+
+def require_cpu_cache(job: Job | TailsJob, options: str, instead: str) -> None:
+    """SystemExit where `options` want a larger KV cache than a CPU has: vLLM says so after half a minute."""
+    from ..bench.serve import cpu_cache_tokens
+
+    room = cpu_cache_tokens(job.layers)
+    if device().type == "cpu" and job.cache_tokens > room:
+        raise SystemExit(
+            f"{options}, --layers {job.layers}: needs a KV cache of {job.cache_tokens:,} tokens, expected at "
+            f"most {room:,}, which it has on a CPU. This takes one a minute or two:\n"
+            f"    vllm-flashmla bench {instead}"
+        )
 
 
 def require_model(path: Path) -> None:
