@@ -363,6 +363,7 @@ def test_one_small_case_is_measured_and_ours_is_right(tmp_path, monkeypatch):
     path = bench.measure_all(options, ["flashmla", "fa3"])
     made = report.read(path)
     assert made.keys() >= FILE_KEYS
+    assert made["options"] == {"repeat": 3, "build_limit": 1.0}
     (comparison,) = report.compare(made)
     assert comparison.ours and comparison.ours["us"] > 0
     assert comparison.ours["rel_err"] < 5e-3

@@ -92,6 +92,7 @@ def test_vllm_sends_the_same_tails_both_ways(tmp_path):
     assert main([*options, "--layers", "2", "--heads", "16", "--cached", "128", "--lengths", "1,8"]) == 0
     (path,) = (tmp_path / "out").glob("*.json")
     made = report.read(path, head="tails_model")
+    assert made["options"] == {"repeat": 2}
     measured = [(r["tails"], r["decodes"], r["length"]) for r in made["rows"]]
     assert measured == [(1, 0, 1), (1, 0, 8), (16, 0, 1), (16, 0, 8), (1, 15, 8)]
     assert all(r[way] > 0 for r in made["rows"] for way in (tails.DECODE, tails.PREFILL))

@@ -50,7 +50,7 @@ SHAPE_KEYS = (
     "v_head_dim",
     "vocab_size",
 )
-SAME = ("gpu", "driver", "torch", "vllm", "commit", "model")
+SAME = ("gpu", "driver", "torch", "vllm", "commit", "model", "options")
 """What two runs must have in common for their rows to stand in one file."""
 
 
@@ -180,16 +180,11 @@ def add(results: dict, name: str, entry: dict) -> None:
     results[name].sort(key=lambda row: key(row)[:3])
 
 
-def fastest_rounds(results: dict) -> bool:
-    """Whether the rows have their fastest round's time; in older files it is the median of all stretches."""
-    return all("rounds_ms" in row for row in results["rows"])
-
-
 def mergeable(directory: Path, head: dict) -> Path | None:
-    """The newest file in `directory` that this run's rows may join: same machine, versions, model, commit.
+    """The newest file in `directory` that this run's rows may join: all of `SAME` is the same.
 
-    Code that is not all committed has no name, so such runs, and those of an unknown commit, join none.
-    None joins rows that were timed otherwise, whatever `--commit` says.
+    Code that is not all committed has no name, so such runs, and those of an unknown commit, join none. None
+    joins a file that does not say how its rows were timed.
     """
     if not head["commit"] or head["commit"].endswith("-dirty"):
         return None
@@ -198,6 +193,6 @@ def mergeable(directory: Path, head: dict) -> Path | None:
             results = read(path, head="model")
         except ValueError:  # a run of which nothing came
             continue
-        if fastest_rounds(results) and all(results.get(name) == head[name] for name in SAME):
+        if all(results.get(name) == head[name] for name in SAME):
             return path
     return None

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from .fitting import Fitting, dense
 from .report import BEST, OURS, geometric_mean
-from .serve import fastest_rounds
 
 MUST, GOAL = 1.00, 1.15
 """Best peer's time ÷ ours: in every row, and in the geometric mean of the attention-bound rows."""
@@ -106,6 +105,11 @@ def backends_of(results: dict) -> list[str]:
     """Ours first, then the peers, in the file's order."""
     found = dict.fromkeys(row["backend"] for row in results["rows"] + results["skipped"])
     return sorted(found, key=lambda backend: backend != OURS)
+
+
+def fastest_rounds(results: dict) -> bool:
+    """Whether the rows have their fastest round's time; in older files it is the median of all stretches."""
+    return all("rounds_ms" in row for row in results["rows"])
 
 
 def timing(results: dict) -> str:

@@ -115,8 +115,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     monitor = GpuMonitor(device())
     timer = measure.Timer(device(), monitor, args.repeat)
     loaded, missing = peers.load([report.OURS, report.INVARIANT, *peer_names], device(), args.build_limit)
-    results = describe_run(args, monitor) | {
-        "repeat": args.repeat,
+    results = describe_run(args, monitor, "repeat", "build_limit") | {
         "missing": missing,
         "ceilings": measure.ceilings(timer, device()),
         "plan": measure.plan_launches(timer, device()),

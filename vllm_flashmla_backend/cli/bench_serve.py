@@ -143,7 +143,8 @@ def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
 
 def begin(args: argparse.Namespace) -> tuple[dict, Path]:
     """The results that the run adds to, and their file: an earlier one's where it may join them."""
-    head = describe_run(args, gpu_monitor()) | {"model": serve.model_shape(args.model, args.layers)}
+    head = describe_run(args, gpu_monitor(), "rounds", "steps", "row_seconds")
+    head |= {"model": serve.model_shape(args.model, args.layers)}
     if path := serve.mergeable(args.out, head):
         return report.read(path, head="model") | {"failures": []}, path
     path = unused_path(args.out, head["gpu"] or "cpu", head["date"], "-serve")

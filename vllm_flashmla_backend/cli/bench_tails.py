@@ -77,7 +77,8 @@ def jobs_of(args: argparse.Namespace) -> list[TailsJob]:
 def measure_all(args: argparse.Namespace, jobs: list[TailsJob]) -> Path:
     """Run an engine for each number of heads; the results file, written anew after each row."""
     shape = serve.model_shape(args.model, args.layers)
-    results = describe_run(args, gpu_monitor()) | {"tails_model": shape, "rows": [], "failures": []}
+    results = describe_run(args, gpu_monitor(), "repeat")
+    results |= {"tails_model": shape, "rows": [], "failures": []}
     path = unused_path(args.out, results["gpu"] or "cpu", results["date"], "-tails")
     console = Console(stderr=True)
     for job in jobs:

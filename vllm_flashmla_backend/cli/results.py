@@ -28,8 +28,11 @@ def gpu_monitor() -> GpuMonitor | None:
     return GpuMonitor(device()) if device().type == "cuda" else None
 
 
-def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
-    """Machine and versions, as they stand at the head of a results file; no monitor without a GPU."""
+def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None, *options: str) -> dict:
+    """Machine, versions and these options, which decide how a row is timed: the head of a results file.
+
+    There is no monitor without a GPU.
+    """
     import torch
 
     return {
@@ -42,6 +45,7 @@ def describe_run(args: argparse.Namespace, monitor: GpuMonitor | None) -> dict:
         "package": version_of("vllm-flashmla-backend"),
         "commit": args.commit or commit(),
         "date": date.today().isoformat(),
+        "options": {name: getattr(args, name) for name in options},
     }
 
 
