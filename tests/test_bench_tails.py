@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,19 +43,27 @@ def test_decode_is_worth_it_up_to_the_first_length_at_which_it_is_slower(decode,
     assert tails_report.worth_decoding(tails_report.by_length(made, column)) == longest
 
 
-def test_a_file_is_shown_and_its_table_written_for_the_docs(tmp_path, capsys):
+def test_a_file_is_shown_and_its_table_printed_for_the_docs(tmp_path, capsys):
     path = tmp_path / "r.json"
     made = results(row(1, 20, 100), row(2, 30, 25), row(2, 7, 1234, h=128, decodes=15))
     report.save(made, path)
     assert main(["bench", "--tails", "--plot", str(path)]) == 0
     assert "16 heads, 1 tail: decode is not slower up to a tail of 1" in capsys.readouterr().out
-    assert path.with_suffix(".md").read_text().splitlines()[2:] == [
+    assert main(["bench", "--tails", "--plot", str(path), "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
         "| tail | 16 heads, 1 tail | 128 heads, 1 tail beside 15 decodes |",
         "|---:|---:|---:|",
         "| 1 | 20 / 100 | – |",
         "| 2 | 30 / 25 | 7 / 1,234 |",
         "| decode is worth it up to | 1 | 2 |",
     ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_table_in_the_docs_is_that_of_its_file():
+    root = Path(__file__).parents[1]
+    made = report.read(root / "benchmarks/results/nvidia-h200-2026-11-26-tails.json", head="tails_model")
+    assert tails_report.markdown(made).partition("\n\n")[2] in (root / "docs/settings.md").read_text()
 
 
 @pytest.mark.parametrize("width", [160, 120, 80])

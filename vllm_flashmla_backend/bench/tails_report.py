@@ -71,7 +71,7 @@ def _table(results: dict, found: list[tuple[int, int, int]], folded: bool = Fals
 
 
 def markdown(results: dict) -> str:
-    """The table for the docs."""
+    """The table in Markdown, up to which length decode is worth it in its last row."""
     found = columns(results)
     lines = [_title(results), "", f"| tail | {' | '.join(map(name, found))} |"]
     lines.append("|---:|" + "---:|" * len(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .results import (
     require_heads,
     require_model,
     require_rows,
+    results_in,
     show_tables,
     unused_path,
 )
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,…",
         help=f"tokens after them, the tails (default: {','.join(map(str, LENGTHS))})",
     )
+    group.add_argument(
+        "--markdown", action="store_true", help="print the table, alone, in Markdown, as the docs have it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     require(("--layers", args.layers, 1), ("--repeat", args.repeat, 2))
     require_heads(*args.heads)
     if args.plot:
-        return show(args.plot)
+        return show(args.plot, args.markdown)
     require_model(args.model)
     jobs = jobs_of(args)
     require_cpu_cache(jobs[0], f"--cached {args.cached:,}, --lengths up to {max(args.lengths)}", ON_A_CPU)
-    return show(measure_all(args, jobs))
+    return show(measure_all(args, jobs), args.markdown)
 
 
 def jobs_of(args: argparse.Namespace) -> list[TailsJob]:
@@ -104,10 +109,13 @@ def tell(heads: int, kind: str, entry: dict) -> str:
     return f"{where}: decode {entry[DECODE]:.1f} µs, prefill {entry[PREFILL]:.1f} µs"
 
 
-def show(path: Path) -> int:
-    """Print a results file's table and write it for the docs beside it; 1 if an engine failed."""
-    results, console = show_tables(path, partial(report.read, head="tails_model"), tails_report.summary)
-    page = path.with_suffix(".md")
-    page.write_text(tails_report.markdown(results))
-    console.print(f"for the docs: {page}", soft_wrap=True)
+def show(path: Path, as_markdown: bool) -> int:
+    """Print a results file's table; 1 if an engine failed."""
+    read = partial(report.read, head="tails_model")
+    if as_markdown:
+        results = results_in(path, read)
+        print(tails_report.markdown(results), end="")
+        print(f"results: {path}", file=sys.stderr)
+    else:
+        results, _ = show_tables(path, read, tails_report.summary)
     return 1 if results["failures"] else 0

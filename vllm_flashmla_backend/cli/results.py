@@ -111,15 +111,19 @@ def require_model(path: Path) -> None:
         raise SystemExit(f"--model is {path}, which has no config.json")
 
 
+def results_in(path: Path, read: Callable[[Path], dict]) -> dict:
+    """What a results file holds, or SystemExit with the reason."""
+    try:
+        return read(path)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 def show_tables(
     path: Path, read: Callable[[Path], dict], summary: Callable[[dict], RenderableType]
 ) -> tuple[dict, Console]:
     """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
-    try:
-        results = read(path)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    console = Console()
+    results, console = results_in(path, read), Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(summary(results))
