@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 
@@ -12,7 +9,7 @@ from vllm_flashmla_backend import recall
 
 pytest.importorskip("vllm")
 
-from vllm_engines import NO_MULTICAST, count_right, engine  # noqa: E402
+from vllm_engines import NO_MULTICAST, count_right, engine, in_a_process  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -42,19 +39,16 @@ MODES: dict[str, dict] = {
 
 
 def right_of(options: dict) -> int:
-    """How many answers of an engine are right, in this process."""
+    """How many answers of an engine are right."""
     with engine("FLASHMLA", **dict(max_model_len=4352) | options) as llm:
         return count_right(llm, recall.make_prompts(48, COUNT, 2000, 4000))  # as test_recall_accuracy.py
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_right_in_every_mode(mode, monkeypatch):
-    """In a process of its own: some modes change vLLM or torch for good."""
     options = dict(MODES[mode])
     if options.get("tensor_parallel_size", 1) > torch.cuda.device_count():
         pytest.skip("needs two GPUs, and there is one")
     for name, value in options.pop("environment", {}).items():
         monkeypatch.setenv(name, value)  # before that process imports vLLM
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        right = process.submit(right_of, options).result(timeout=400)
-    assert right >= 0.99 * COUNT
+    assert in_a_process(right_of, options) >= 0.99 * COUNT

@@ -20,6 +20,7 @@ from vllm_engines import (  # noqa: E402
     PEER,
     engine,
     generate,
+    in_a_process,
     largest_difference,
     random_prompts,
 )
@@ -40,13 +41,6 @@ STEPS = 6
 OPTIONS = dict(dtype=DTYPE, max_num_batched_tokens=256)  # long prompts are prefilled in chunks
 
 
-@cache
-def one_rank():
-    """What one process answers that has all heads and the whole context."""
-    with engine("FLASHMLA", **OPTIONS) as llm:
-        return generate(llm, random_prompts(llm, LENGTHS), max_tokens=STEPS)
-
-
 def layers_of(worker) -> list[tuple[int, int]]:
     """Heads and ranks of context of each layer that FLASHMLA serves in a worker."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
@@ -54,13 +48,23 @@ def layers_of(worker) -> list[tuple[int, int]]:
     return [(impl.num_heads, abs(impl.dcp_world_size)) for impl in served]  # -1: vLLM never had to ask
 
 
-def answers_of_two_ranks(**options):
+def answers(options: dict):
     """Answers, the same prompts' answers from the prefix cache, and the layers of each rank."""
-    with engine("FLASHMLA", NO_MULTICAST, tensor_parallel_size=2, **OPTIONS | options) as llm:
+    with engine("FLASHMLA", NO_MULTICAST, **OPTIONS | options) as llm:
         prompts = random_prompts(llm, LENGTHS)
         first = generate(llm, prompts, max_tokens=STEPS)
         again = generate(llm, prompts, max_tokens=STEPS)
         return first, again, llm.collective_rpc(layers_of)
+
+
+@cache
+def one_rank():
+    """What one rank answers that has all heads and the whole context."""
+    return in_a_process(answers, {})[0]
+
+
+def answers_of_two_ranks(**options):
+    return in_a_process(answers, dict(tensor_parallel_size=2, **options))
 
 
 @two_devices
@@ -78,9 +82,7 @@ def test_half_of_the_heads_on_each_of_two_ranks_give_the_logprobs_of_one():
     [
         dict(cp_kv_cache_interleave_size=1),
         dict(cp_kv_cache_interleave_size=64),
-        pytest.param(  # on two GPUs not seen to end yet
-            dict(cp_kv_cache_interleave_size=64, dcp_comm_backend="a2a"), marks=pytest.mark.slow
-        ),
+        dict(cp_kv_cache_interleave_size=64, dcp_comm_backend="a2a"),
     ],
     ids=["interleave1", "interleave64", "interleave64-a2a"],
 )

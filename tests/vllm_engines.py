@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,15 @@ def engine(backend: str, environment: dict[str, str] | None = None, **options) -
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
+
+
+def in_a_process(function: Callable, *args):
+    """Call a module's function in a process of its own, which inherits the environment as it is now.
+
+    Some engines change vLLM or torch for good, and one that follows an engine of several processes may hang.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *args).result(timeout=400)
 
 
 def random_prompts(llm: LLM, lengths: list[int]) -> list[dict[str, list[int]]]:
