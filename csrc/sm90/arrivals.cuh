@@ -29,8 +29,8 @@ using Phases = uint32_t[kConsumers][2];
 __device__ inline void read_phases(const DecodeParams& params, const PartPlan& plan, Phases& phases,
                                    int consumer) {
     if (threadIdx.x % kWarpgroup != 0) return;
-    const uint32_t of_first = ptx::signal_read(arrivals_of(params, first_split_of(params, plan)));
-    const uint32_t of_last = ptx::signal_read(arrivals_of(params, 0));
+    const uint32_t of_first = ptx::signal_peek(arrivals_of(params, first_split_of(params, plan)));
+    const uint32_t of_last = ptx::signal_peek(arrivals_of(params, 0));
     phases[consumer][0] = of_first & kAllArrived;
     phases[consumer][1] = of_last & kAllArrived;
 }

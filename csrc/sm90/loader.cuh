@@ -23,8 +23,7 @@ class Loader {
     // A split's query and its pages, each page as soon as the consumers give its place back.
     __device__ void load(const RowTile& tile, const Split& split) {
         const int* table = params_.block_table + split.seq * params_.block_table_stride;
-        // Asked for before the length is known: entries past the last page are read, but not used.
-        int page_index = split.page_begin < params_.max_pages ? table[split.page_begin] : 0;
+        int page_index = split.is_empty() ? 0 : table[split.page_begin];
         const QueryPlace query(params_, split.seq);
         reads_little_ = is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {

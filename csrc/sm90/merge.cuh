@@ -172,9 +172,16 @@ __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& 
                                     const RowTile& tile, int consumer, MergeScratch& scratch,
                                     IsMerged&& is_merged) {
     constexpr int kFewSplits = 7;
-    for_each_split<Mode::kSplits>(params, plan, tile, [&](const Split& split) {
+    // Their lengths, which would have to be fetched again, count no more.
+    const int last_seq = ptx::uniform(min(plan.last_seq, params.batch - 1));
+    for (int seq = ptx::uniform(max(plan.first_seq, 0)); seq <= last_seq;
+         seq = seq < last_seq ? last_seq : last_seq + 1) {
+        Split split;
+        split.seq = seq;
+        split.query_len = query_len_of(params, seq);
+        if (tile.first_token >= split.query_len) continue;
         const SplitPlace place(params, plan, split);
-        if (!place.is_partial() || is_merged(place)) return;
+        if (!place.is_partial() || is_merged(place)) continue;
         sync_warpgroup(consumer);  // what a merge before left in the scratch has been read
         wait_for_all(params, plan, phases, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
@@ -182,7 +189,7 @@ __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& 
         } else {
             merge_deep<T>(params, tile, split, place, consumer, scratch);
         }
-    });
+    }
 }
 
 // In the batch-invariant mode, merges all that the part has chunks of: one chunk after another.

@@ -60,6 +60,13 @@ __device__ inline void signal_add(uint32_t* counter, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
+// The counter as it is now, whatever was written before.
+__device__ inline uint32_t signal_peek(const uint32_t* counter) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
 __device__ inline uint32_t signal_read(const uint32_t* counter) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");

@@ -85,6 +85,13 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
     } while (chunk.page_begin < piece.page_end);
 }
 
+// How many query tokens a sequence has.
+__device__ inline int query_len_of(const DecodeParams& params, int seq) {
+    if (!params.cu_seqlens_q) return params.query_len;
+    const int end = min(params.cu_seqlens_q[seq + 1], params.num_tokens);
+    return min(end - QueryPlace(params, seq).token, params.query_len);
+}
+
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
 //
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
@@ -101,16 +108,10 @@ __device__ inline void for_each_split(const DecodeParams& params, const PartPlan
         Split split;
         split.seq = seq;
         split.seq_len = min(seq_len, pages * kPageSize);
-        // To the table's width, not to the pages: the loader asks the table before it knows the length.
         split.page_begin =
             ptx::uniform(seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0);
         split.page_end = ptx::uniform(seq == plan.last_seq ? min(pages, plan.last_page_end) : pages);
-        split.query_len = params.query_len;
-        if (params.cu_seqlens_q) {
-            const int first_token = QueryPlace(params, seq).token;
-            const int end = min(params.cu_seqlens_q[seq + 1], params.num_tokens);
-            split.query_len = min(end - first_token, params.query_len);
-        }
+        split.query_len = query_len_of(params, seq);
         if (tile.first_token >= split.query_len) continue;
         if constexpr (kMode == Mode::kBatchInvariant) {
             for_each_chunk(params, split, work);

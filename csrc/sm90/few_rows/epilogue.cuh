@@ -47,19 +47,22 @@ struct RowTotal {
     __device__ float log_sum_exp(float empty) const { return sum == 0.f ? empty : max * kLn2 + __logf(sum); }
 };
 
-// By what a thread scales, for each of its rows, its consumer's output and the other's.
+// By what a thread scales, for each of its rows, its consumer's output and the other's. A lane works out one
+// row, and the others get it from there.
 template <int kRows>
 struct Normalizer {
+    RowTotal<kRows> total;  // of the lane's row
     float of_own[kRows / 4];
     float of_other[kRows / 4];
 
-    __device__ Normalizer(const Storage<kRows>& shared, int consumer) {
+    __device__ Normalizer(const Storage<kRows>& shared, int consumer) : total(shared, threadIdx.x % kRows) {
+        const float inverse = total.inverse();
+        const float own = inverse * (consumer == 0 ? total.weight[0] : total.weight[1]);
+        const float other = inverse * (consumer == 0 ? total.weight[1] : total.weight[0]);
 #pragma unroll
         for (int v = 0; v < kRows / 4; ++v) {
-            const RowTotal<kRows> total(shared, row_of_value(v));
-            const float inverse = total.inverse();
-            of_own[v] = inverse * (consumer == 0 ? total.weight[0] : total.weight[1]);
-            of_other[v] = inverse * (consumer == 0 ? total.weight[1] : total.weight[0]);
+            of_own[v] = __shfl_sync(~0u, own, row_of_value(v));
+            of_other[v] = __shfl_sync(~0u, other, row_of_value(v));
         }
     }
 };
@@ -137,12 +140,11 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
 
 // A thread a row.
 template <int kRows>
-__device__ inline void store_lse(const DecodeParams& params, const Storage<kRows>& shared,
+__device__ inline void store_lse(const DecodeParams& params, const RowTotal<kRows>& total,
                                  const SplitPlace& place, const RowTile& tile, const Split& split) {
     if (threadIdx.x >= kRows) return;
     const Row row = row_of(params, tile, split, threadIdx.x);
     if (!row.valid) return;
-    const RowTotal<kRows> total(shared, threadIdx.x);
     if (place.is_partial()) {
         Partial(params, tile, place, place.index).lse[threadIdx.x] = total.log_sum_exp(-INFINITY);
     } else {
@@ -160,7 +162,7 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
     meet(shared, meeting_parity);  // also: what was staged for the split before has been copied
     const SplitPlace place(params, shared.plan, split);
     const Normalizer<kRows> normalizer(shared, consumer);
-    store_lse<kRows>(params, shared, place, tile, split);
+    store_lse<kRows>(params, normalizer.total, place, tile, split);
     join_halves<kRows>(shared, normalizer, consumer, meeting_parity, own, others);
     if (place.is_partial()) {
         store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
