@@ -99,7 +99,7 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
                   "the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed");
         return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
     }();
-    constexpr cuuint64_t kColumns = 64;
+    constexpr cuuint64_t kColumns = kTileColumns;
     const auto size = [&](int i) { return static_cast<cuuint64_t>(tensor.size(dims[i])); };
     const auto stride = [&](int i) {  // of a single entry: any legal one
         return size(i) > 1 ? static_cast<cuuint64_t>(tensor.stride(dims[i]) * 2) : kAlignment;
@@ -156,7 +156,8 @@ struct RowTiling {
     int tiles_per_token;
     int64_t num_row_tiles;  // over all KV heads
     int64_t partial_rows;
-    int query_box_tiles;
+    int kernel_rows;      // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
+    int query_box_tiles;  // several where a tile's rows are as many: then its columns are dense there
 
     RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len, int chunk_level)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
@@ -168,14 +169,15 @@ struct RowTiling {
           // octet.
           partial_rows((num_row_tiles - 1) * kTileRows +
                        ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8),
-          query_box_tiles(fills_its_kernel(max_query_len, chunk_level) ? kHeadDimV / 64 / 2 : 1) {}
+          kernel_rows(kernel_rows_for(max_query_len * heads_per_group, chunk_level)),
+          query_box_tiles(heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1) {}
 
   private:
-    // Whether a tile has all the rows that the kernel has room for: then its tiles of columns are dense
-    // there.
-    bool fills_its_kernel(int64_t max_query_len, int chunk_level) const {
-        const int64_t rows = std::min<int64_t>(kTileRows, max_query_len * heads_per_group);
-        return heads_per_tile * tokens_per_tile == kernel_rows(static_cast<int>(rows), chunk_level);
+    // By shapes alone: a captured graph is replayed with other lengths. The batch-invariant mode has one
+    // kernel, as the longest query of a batch must not choose what decodes the others.
+    static int kernel_rows_for(int64_t rows, int chunk_level) {
+        if (rows > kFewRows || chunk_level > 0) return kTileRows;
+        return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
     }
 };
 
@@ -184,7 +186,7 @@ DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, con
     const int heads = tiling.heads_per_tile, tokens = tiling.tokens_per_tile;
     return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, tiling.query_box_tiles}),
             .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
-            .k_half = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, kHeadDimV / 64 / 2}),
+            .k_half = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, kTilesHalfV}),
             .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
 }
 
@@ -274,6 +276,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .heads_per_tile = tiling.heads_per_tile,
         .tokens_per_tile = tiling.tokens_per_tile,
         .tiles_per_token = tiling.tiles_per_token,
+        .kernel_rows = tiling.kernel_rows,
         .query_box_tiles = tiling.query_box_tiles,
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
         .inverse_tiles_per_token = static_cast<uint64_t>(ceil_div(1ll << 32, tiling.tiles_per_token)),

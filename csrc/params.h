@@ -10,11 +10,13 @@
 
 namespace mla {
 
-constexpr int kPageSize = 64;      // tokens in a page of the KV cache
-constexpr int kTileRows = 64;      // query rows a thread block works on, at most
-constexpr int kHeadDim = 576;      // of q and k: 512 latent + 64 rope
-constexpr int kHeadDimV = 512;     // of v and out: the latent part of k
-constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
+constexpr int kPageSize = 64;     // tokens in a page of the KV cache
+constexpr int kTileRows = 64;     // query rows a thread block works on, at most
+constexpr int kHeadDim = 576;     // of q and k: 512 latent + 64 rope
+constexpr int kHeadDimV = 512;    // of v and out: the latent part of k
+constexpr int kTileColumns = 64;  // of q and of the cache, that are multiplied, and fetched, as one
+constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // of the latent part that are fetched at once
+constexpr int kMetadataWidth = 8;                          // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;   // of a split, in pages: START_COST of schedule.py
 constexpr int kFewRows = 32;         // query rows that share a KV head: FEW_ROWS there
@@ -75,6 +77,7 @@ struct DecodeParams {
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
     int tiles_per_token;               // where one token's heads take several tiles
+    int kernel_rows;                   // query rows for which the kernel has room
     int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
     uint64_t inverse_tiles_per_token;  // 2^32 / tiles_per_token, rounded up; likewise
@@ -97,14 +100,6 @@ struct DecodeMaps {
     CUtensorMap k_half;  // 64 columns x 64 tokens x h_kv x 9 tiles x pages
     CUtensorMap k_rope;  // likewise
 };
-
-// Query rows for which the decode kernel has room that is launched for `rows` of a KV head. By shapes alone:
-// a captured graph is replayed with other lengths. The batch-invariant mode has one kernel, as the longest
-// query of a batch must not choose what decodes the others.
-inline int kernel_rows(int rows, int chunk_level) {
-    if (rows > kFewRows || chunk_level > 0) return kTileRows;
-    return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
-}
 
 // Pages of a sequence; a negative length counts as none.
 __host__ __device__ inline int pages_of(int seq_len) {

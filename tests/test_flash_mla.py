@@ -36,7 +36,7 @@ from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, WHOLE
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)
 SHORT = (0, 1, 2, 5, 64, 67, 200)
 
-HEADS = [Case(MIXED, h_q=h_q) for h_q in (1, 3, 6, 8, 9, 12, 16, 20, 32, 63, 64, 126, 128)]
+HEADS = [Case(MIXED, h_q=h_q) for h_q in (1, 3, 6, 8, 9, 12, 16, 20, 32, 40, 63, 64, 96, 126, 128)]
 QUERY_LENGTHS = [Case(SHORT, s_q=s_q, causal=causal) for s_q in range(1, 9) for causal in (False, True)]
 KV_HEADS = [
     Case(SHORT, s_q=s_q, h_q=h_q, h_kv=h_kv, causal=True)
@@ -56,6 +56,7 @@ EXTREMES = [
     Case((700, 300), s_q=4, h_q=48, causal=True),  # a token fills no tile: more of them than were planned for
     Case((700, 64), s_q=2, h_q=65, causal=True),  # a tile of one head
     Case((300, 7), s_q=128, h_q=4, causal=True),  # more query tokens than keys
+    Case((300,), s_q=300, h_q=128, causal=True),  # more tiles than a GPU has SMs
 ]
 ALL = HEADS + QUERY_LENGTHS + KV_HEADS + LAYOUTS + FLOAT16 + EXTREMES
 

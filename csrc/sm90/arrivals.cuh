@@ -25,10 +25,11 @@ __device__ inline uint32_t* arrivals_of(const DecodeParams& params, int split) {
 // What each consumer found in the counters before it arrived: of the part's first sequence and of its last.
 using Phases = uint32_t[kConsumers][2];
 
-// Called at the block's start, when there is time. The phases do not flip before this block has arrived.
+// Called at the block's start, when there is time. The phases do not flip before this block has arrived. A
+// single part splits nothing: its blocks may be more than there are counters.
 __device__ inline void read_phases(const DecodeParams& params, const PartPlan& plan, Phases& phases,
                                    int consumer) {
-    if (threadIdx.x % kWarpgroup != 0) return;
+    if (threadIdx.x % kWarpgroup != 0 || params.num_parts == 1) return;
     const uint32_t of_first = ptx::signal_peek(arrivals_of(params, first_split_of(params, plan)));
     const uint32_t of_last = ptx::signal_peek(arrivals_of(params, 0));
     phases[consumer][0] = of_first & kAllArrived;

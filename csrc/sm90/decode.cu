@@ -10,7 +10,7 @@ namespace mla {
 namespace {
 
 bool has_few_rows(const DecodeParams& params) {
-    return kernel_rows(params.query_len * params.heads_per_group, params.chunk_level) < kTileRows;
+    return params.kernel_rows < kTileRows;
 }
 
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {

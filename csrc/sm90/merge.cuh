@@ -182,7 +182,7 @@ __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& 
         if (tile.first_token >= split.query_len) continue;
         const SplitPlace place(params, plan, split);
         if (!place.is_partial() || is_merged(place)) continue;
-        sync_warpgroup(consumer);  // what a merge before left in the scratch has been read
+        sync_warpgroup(consumer);  // what the last split, or a merge, left in the scratch has been read
         wait_for_all(params, plan, phases, split, place, consumer);
         if (place.num_splits <= kFewSplits) {
             merge_wide<T, kVectors>(params, tile, split, place, place, consumer);

@@ -34,13 +34,6 @@ __device__ inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) 
                  : "memory");
 }
 
-// Adds to the bytes that the barrier's phase waits for.
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"

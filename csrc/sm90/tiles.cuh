@@ -12,13 +12,11 @@
 
 namespace mla {
 
-constexpr int kTileColumns = 64;
 constexpr int kRowBytes = kTileColumns * 2;
 constexpr int kTileBytes = 64 * kRowBytes;
 constexpr int kSwizzleAtomBytes = 1024;            // 8 rows: what tiles are aligned to
 constexpr int kTiles = kHeadDim / kTileColumns;    // 9
 constexpr int kTilesV = kHeadDimV / kTileColumns;  // 8
-constexpr int kTilesHalfV = kTilesV / 2;           // a consumer warpgroup's share of V's columns
 constexpr int kColumnsHalfV = kHeadDimV / 2;
 constexpr int kRopeTile = kTilesV;
 constexpr int kStages = 2;  // pages in shared memory: 144 KB

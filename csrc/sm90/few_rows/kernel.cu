@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 Launchable kernel_for(const DecodeParams& params) {
     constexpr int kHalf = kFewRows / 2;
-    if (kernel_rows(params.query_len * params.heads_per_group, params.chunk_level) == kHalf)
-        return {decode_kernel<T, kHalf>, sizeof(Storage<kHalf>)};
+    if (params.kernel_rows == kHalf) return {decode_kernel<T, kHalf>, sizeof(Storage<kHalf>)};
     return {decode_kernel<T, kFewRows>, sizeof(Storage<kFewRows>)};
 }
 
