@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -73,13 +75,40 @@ def engine(backend: str, environment: dict[str, str] | None = None, **options) -
             cleanup_dist_env_and_memory()
 
 
-def in_a_process(function: Callable, *args):
+def in_a_process(function: Callable, *args, timeout: float = 400):
     """Call a module's function in a process of its own, which inherits the environment as it is now.
 
     Some engines change vLLM or torch for good, and one that follows an engine of several processes may hang.
+    Whatever the process started ends with it, after `timeout` seconds at the latest.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(function, *args).result(timeout=400)
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            raise TimeoutError(f"{function.__name__} has not ended after {timeout:g} s")
+        result, error = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"the process of {function.__name__} died") from None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+def _call(connection: Connection, function: Callable, args: tuple) -> None:
+    """Send what the function returns, or else its traceback; the processes that it starts join its group."""
+    os.setsid()
+    try:
+        connection.send((function(*args), None))
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
 
 
 def random_prompts(llm: LLM, lengths: list[int]) -> list[dict[str, list[int]]]:
