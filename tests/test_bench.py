@@ -245,7 +245,7 @@ def test_run_that_is_cut_off_leaves_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(measure, "plan_launches", lambda *_: [])
     monkeypatch.setattr(measure, "measure_case", measure_case)
-    options = argparse.Namespace(rows="quick", repeat=1, out=tmp_path, build_limit=1.0)
+    options = argparse.Namespace(rows="quick", peers="", repeat=1, out=tmp_path, build_limit=1.0)
     with pytest.raises(KeyboardInterrupt):
         bench.measure_all(options, [])
     (path,) = tmp_path.iterdir()
@@ -359,11 +359,13 @@ def test_build_past_its_limit_is_ended_with_all_it_started(tmp_path):
 @pytest.mark.gpu
 def test_one_small_case_is_measured_and_ours_is_right(tmp_path, monkeypatch):
     monkeypatch.setitem(cases.ROWS, "quick", (Case(4, 1, 300, 16, "normal"),))
-    options = argparse.Namespace(rows="quick", repeat=3, out=tmp_path, commit="0" * 40, build_limit=1.0)
+    options = argparse.Namespace(
+        rows="quick", peers="flashmla,fa3", repeat=3, out=tmp_path, commit="0" * 40, build_limit=1.0
+    )
     path = bench.measure_all(options, ["flashmla", "fa3"])
     made = report.read(path)
     assert made.keys() >= FILE_KEYS
-    assert made["options"] == {"repeat": 3, "build_limit": 1.0}
+    assert made["options"] == {"peers": "flashmla,fa3", "repeat": 3, "build_limit": 1.0}
     (comparison,) = report.compare(made)
     assert comparison.ours and comparison.ours["us"] > 0
     assert comparison.ours["rel_err"] < 5e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vllm_flashmla_backend.logs import errors
 
 WANT = "ValueError: To serve at least one request, 0.56 GiB KV cache is needed"
@@ -23,8 +25,17 @@ def test_error_of_a_process_that_vllm_started_comes_before_its_own():
     assert errors(log) == [WANT, LAST]
 
 
-def test_error_is_found_behind_a_ranks_prefix():
-    assert errors(prefixed("[rank0]: ", TRACEBACK + WANT)) == [WANT]
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "[rank0]: ",
+        "ERROR 11-26 05:30:20 [core.py:1510] ",
+        "\x1b[0;36m(EngineCore pid=3)\x1b[0;0m \x1b[31mERROR\x1b[0m 11-26 05:30:20 [core.py:1510] ",
+    ],
+    ids=["rank", "no process", "coloured"],
+)
+def test_error_is_found_behind_a_prefix(prefix):
+    assert errors(prefixed(prefix, TRACEBACK + WANT)) == [WANT]
 
 
 def test_indented_lines_belong_to_the_error_before_them():

@@ -135,3 +135,10 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, leve
 def test_wrong_options_are_named(options, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         main(["plan", *options])
+
+
+def test_unknown_option_is_refused_with_the_commands_own_usage(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--lens", "1", "--plot"])
+    said = capsys.readouterr().err
+    assert "usage: vllm-flashmla plan" in said and "unrecognized arguments: --plot" in said

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-VLLM_PREFIX = re.compile(r"^(?:\[rank\d+\]: |\(\w+ pid=\d+\) (?:ERROR \S+ \S+ \[\S+\] )?)+", re.M)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+VLLM_PREFIX = re.compile(r"^(?:\[rank\d+\]: |\(\w+ pid=\d+\) |ERROR \S+ \S+ \[\S+\] )+", re.M)
 """What vLLM puts before the lines of its processes' tracebacks."""
 
 ERROR = re.compile(r"^[\w.]+(?:Error|Exception)\b.*(?:\n[ \t].*)*", re.M)
@@ -17,4 +19,4 @@ def errors(log: str) -> list[str]:
     They come in the log's order. vLLM's engine runs in a process of its own: why it failed is said before the
     last of them, which is that of the process that waited for it.
     """
-    return list(dict.fromkeys(ERROR.findall(VLLM_PREFIX.sub("", log))))
+    return list(dict.fromkeys(ERROR.findall(VLLM_PREFIX.sub("", COLOUR.sub("", log)))))

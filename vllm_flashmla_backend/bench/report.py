@@ -111,7 +111,7 @@ def read(path: Path, head: str = "ceilings") -> dict:
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # its own words hold the path, too
+        reason = error.strerror if isinstance(error, OSError) else "no JSON"  # its words hold the path, too
         raise ValueError(f"{path}: {reason}; expected a results file of vllm-flashmla bench") from error
     kinds = [kind for kind in KINDS if isinstance(results, dict) and {kind, "rows"} <= results.keys()]
     if not kinds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..processes import ended_by_signals
 from . import bench, demo, doctor, plan, soak
 from .environment import installed_version
 
@@ -19,5 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
-    args = parser.parse_args(argv)
-    return COMMANDS[args.command].run(args)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # said with the command's usage, not with that of all
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    with ended_by_signals():
+        return COMMANDS[args.command].run(args)

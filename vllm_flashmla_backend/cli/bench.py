@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..bench.cases import ROWS
 from . import bench_serve, bench_tails
 from .environment import device
-from .results import describe_run, require, require_rows, show_tables, unused_path
+from .results import describe_run, require, require_out, require_rows, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 
@@ -88,8 +88,12 @@ def run(args: argparse.Namespace) -> int:
         return show(args.plot, args.plots)
     if reason := why_not_here():
         print(f"vllm-flashmla bench measures on a Hopper GPU: {reason}")
-        print("`vllm-flashmla bench --plot FILE.json` shows and draws results anywhere.")
+        print(
+            "`vllm-flashmla bench --plot FILE.json` shows and draws results anywhere, and --serve and --tails"
+        )
+        print("can be tried on a CPU: benchmarks/README.md says how.")
         return 1
+    require_out(args.out)
     return show(measure_all(args, peers), args.plots)
 
 
@@ -115,7 +119,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     monitor = GpuMonitor(device())
     timer = measure.Timer(device(), monitor, args.repeat)
     loaded, missing = peers.load([report.OURS, report.INVARIANT, *peer_names], device(), args.build_limit)
-    results = describe_run(args, monitor, "repeat", "build_limit") | {
+    results = describe_run(args, monitor, "peers", "repeat", "build_limit") | {
         "missing": missing,
         "ceilings": measure.ceilings(timer, device()),
         "plan": measure.plan_launches(timer, device()),

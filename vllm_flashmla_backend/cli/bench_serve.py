@@ -21,6 +21,7 @@ from .results import (
     require_cpu_cache,
     require_heads,
     require_model,
+    require_out,
     require_rows,
     show_tables,
     unused_path,
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         return show(args.plot, args.plots)
     require_model(args.model)
+    require_out(args.out)
     jobs = jobs_of(args)
     require_cpu_cache(jobs[0], f"--contexts up to {max(args.contexts):,}", ON_A_CPU)
     return show(measure_all(args, jobs), args.plots)
@@ -96,6 +98,8 @@ def chosen_backends(words: str | None) -> list[str]:
     if unknown := set(chosen) - set(possible):
         names = ", ".join(sorted(unknown))
         raise SystemExit(f"--backends has {names}, expected some of {','.join(possible)}")
+    if not chosen:
+        raise SystemExit(f"--backends names none, expected some of {','.join(possible)}")
     return chosen
 
 

@@ -20,6 +20,7 @@ from .results import (
     require_cpu_cache,
     require_heads,
     require_model,
+    require_out,
     require_rows,
     results_in,
     show_tables,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=CACHED,
         metavar="N",
-        help=f"tokens of each prompt that are in the prefix cache (default: {CACHED})",
+        help=f"tokens of each prompt that are in the prefix cache, whole pages of 64 (default: {CACHED:,})",
     )
     group.add_argument(
         "--lengths",
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         return show(args.plot, args.markdown)
     require_model(args.model)
+    require_out(args.out)
     jobs = jobs_of(args)
     require_cpu_cache(jobs[0], f"--cached {args.cached:,}, --lengths up to {max(args.lengths)}", ON_A_CPU)
     return show(measure_all(args, jobs), args.markdown)

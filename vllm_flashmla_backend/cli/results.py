@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -103,6 +104,15 @@ def require_cpu_cache(job: Job | TailsJob, options: str, instead: str) -> None:
             f"most {room:,}, which it has on a CPU. This takes one a minute or two:\n"
             f"    vllm-flashmla bench {instead}"
         )
+
+
+def require_out(directory: Path) -> None:
+    """SystemExit where `--out` names a place that cannot be written to; makes the directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise SystemExit(f"--out: {directory} cannot be written to: {error.strerror}") from error
 
 
 def require_model(path: Path) -> None:

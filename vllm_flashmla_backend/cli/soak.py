@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
-from .results import gpu_monitor, require, require_model, version_of
+from .results import gpu_monitor, require, require_model, require_out, version_of
 
 if TYPE_CHECKING:
     from ..serving import Server
@@ -97,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     for error, times in made["errors"].items():
         console.print(f"{times:,} × {error}", markup=False, soft_wrap=True)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(settings(args) | made | {"faults": wrong}, indent=1) + "\n")
         console.print(f"figures: {args.out}", soft_wrap=True)
     return 1 if wrong else 0
@@ -116,6 +115,8 @@ def check(args: argparse.Namespace) -> None:
         raise SystemExit(f"--abort-share is {args.abort_share:g}, expected 0 to 1")
     if not args.base_url:
         require_model(args.model)
+    if args.out:
+        require_out(args.out.parent)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,8 @@ def check_cache(
         fail("k_cache", f"shape {tuple(k_cache.shape)}", f"(pages, {PAGE_SIZE}, h_kv, {HEAD_DIM})")
     if h_q % h_kv:
         fail("k_cache", f"{h_kv} KV heads", f"a divisor of q's {h_q} heads")
+    if k_cache.dtype != q.dtype:
+        fail("k_cache", k_cache.dtype, f"{q.dtype}, as q has")
     check_like("k_cache", k_cache, (num_pages, page_size, h_kv, head_dim), q.dtype, q.device)
     check_strides("k_cache", k_cache)
 

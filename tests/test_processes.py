@@ -1,0 +1,35 @@
+"""A command that is told to end stops what it started in sessions of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import subprocess, sys, time
+from vllm_flashmla_backend.processes import ended_by_signals, stop_group
+with ended_by_signals():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        print(child.pid, flush=True)
+        time.sleep(60)
+    finally:
+        stop_group(child)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_process_that_gets_a_signal_stops_what_it_started(number):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            time.sleep(0.1)
