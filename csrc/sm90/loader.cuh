@@ -31,11 +31,10 @@ class Loader {
             const bool with_query = page == split.page_begin && split.begins_piece;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
-            const bool first_query = with_query && is_first_;
-            if (first_query && Storage::kQueryHasBarrier) load_query(tile, query);
-            load_group<kRope>(tile, page_index, with_query, first_query, query);
-            load_group<kLeftV>(tile, page_index, with_query, first_query, query);
-            load_group<kRightV>(tile, page_index, with_query, first_query, query);
+            if (Storage::kQueryHasBarrier && with_query && is_first_) load_query(tile, query);
+            load_group<kRope>(tile, page_index, with_query, query);
+            load_group<kLeftV>(tile, page_index, with_query, query);
+            load_group<kRightV>(tile, page_index, with_query, query);
             if (with_query && !is_first_) {
                 ptx::barrier_wait(&shared_.q_empty, q_round_.parity);
                 q_round_.next();
@@ -55,15 +54,16 @@ class Loader {
                split.page_end - split.page_begin <= kLittlePages;
     }
 
-    // `with_query`: what arrives together has the query's tiles as well; `along`: they are fetched here.
+    // A group of the page's tiles, with which the query's arrive under the same barrier unless they have one.
     template <TileGroup kGroup>
-    __device__ void load_group(const RowTile& tile, int page_index, bool with_query, bool along,
+    __device__ void load_group(const RowTile& tile, int page_index, bool with_query,
                                const QueryPlace& query) {
         constexpr int kFirst = first_tile(kGroup);
         ptx::barrier_wait(&shared_.pages.empty[stage_.slot][kGroup], stage_.parity ^ 1);
-        const int query_bytes = with_query && !Storage::kQueryHasBarrier ? query_tile_bytes() : 0;
+        const bool together = with_query && !Storage::kQueryHasBarrier;
+        const int query_bytes = together ? query_tile_bytes() : 0;
         ptx::barrier_arrive_expect(full(kGroup), tiles_in(kGroup) * (kTileBytes + query_bytes));
-        if (along && !Storage::kQueryHasBarrier) load_query_group<kGroup>(tile, query);
+        if (together && is_first_) load_query_group<kGroup>(tile, query);
         const CUtensorMap& map = kGroup == kRope ? maps_.k_rope : maps_.k_half;
         if (reads_little_) {
             ptx::load_box_evict_first(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile.kv_head,
