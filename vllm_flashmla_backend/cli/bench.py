@@ -88,10 +88,8 @@ def run(args: argparse.Namespace) -> int:
         return show(args.plot, args.plots)
     if reason := why_not_here():
         print(f"vllm-flashmla bench measures on a Hopper GPU: {reason}")
-        print(
-            "`vllm-flashmla bench --plot FILE.json` shows and draws results anywhere, and --serve and --tails"
-        )
-        print("can be tried on a CPU: benchmarks/README.md says how.")
+        print("`vllm-flashmla bench --plot FILE.json` shows and draws results anywhere.")
+        print("--serve and --tails can be tried on a CPU: benchmarks/README.md says how.")
         return 1
     require_out(args.out)
     return show(measure_all(args, peers), args.plots)
