@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -12,6 +13,7 @@ from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
 SCALE = 576**-0.5
+MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)  # lengths around pages' ends, of several splits, and none
 WILD_PAGES = (-1, 2147480000)  # what stands in the table past a sequence's end
 SPARE_PAGES = 3  # pages of the cache that no sequence refers to
 
@@ -180,3 +182,13 @@ def assert_agree(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tenso
     norm = (ours.square() + theirs.square()).sum()
     cosine_difference = 1 - 2 * (ours * theirs).sum() / norm.clamp_min(1e-30)
     assert norm == 0 or cosine_difference < 5e-6, f"out: cosine difference {cosine_difference:.3g}"
+
+
+def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """One call of `step` as a CUDA graph, warmed up before."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
