@@ -155,9 +155,8 @@ struct RowTiling {
     int tokens_per_tile;
     int tiles_per_token;
     int64_t num_row_tiles;  // over all KV heads
-    int64_t partial_rows;
-    int kernel_rows;      // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
-    int query_box_tiles;  // several where a tile's rows are as many: then its columns are dense there
+    int kernel_rows;        // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
+    int query_box_tiles;    // several where a tile's rows are as many: then its columns are dense there
 
     RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len, int chunk_level)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
@@ -165,10 +164,6 @@ struct RowTiling {
           tokens_per_tile(static_cast<int>(std::min<int64_t>(kTileRows / heads_per_tile, max_query_len))),
           tiles_per_token(static_cast<int>(ceil_div(heads_per_group, heads_per_tile))),
           num_row_tiles(tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads),
-          // A tile's rows begin at a multiple of 64 in a partial; the last one's end is rounded up to an
-          // octet.
-          partial_rows((num_row_tiles - 1) * kTileRows +
-                       ceil_div(std::min<int64_t>(kTileRows, max_query_len * heads_per_group), 8) * 8),
           kernel_rows(kernel_rows_for(max_query_len * heads_per_group, chunk_level)),
           query_box_tiles(heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1) {}
 
@@ -248,7 +243,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
     // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
     const int64_t slots = level > 0 ? batch * chunks_per_seq : parts > 1 ? parts : 0;
-    check_partials(out_partial, lse_partial, slots, tiling.partial_rows);
+    check_partials(out_partial, lse_partial, slots, max_query_len * heads);
 
     const DecodeParams params{
         .out = data<void>(out),

@@ -59,6 +59,8 @@ EXTREMES = [
     Case((5000,) + (1,) * 40, h_q=20),  # one that outlasts the rest of its batch
     Case((700, 300), s_q=4, h_q=48, causal=True),  # a token fills no tile: more of them than were planned for
     Case((700, 64), s_q=2, h_q=65, causal=True),  # a tile of one head
+    Case((9000,), s_q=4, h_q=20, causal=True),  # tiles of 60 rows and of 20, cut into many splits
+    Case((9000, 40), s_q=3, h_q=21, h_kv=3, causal=True),  # 21 rows for each KV head
     Case((300, 7), s_q=128, h_q=4, causal=True),  # more query tokens than keys
     Case((300,), s_q=300, h_q=128, causal=True),  # more tiles than a GPU has SMs
 ]
@@ -166,10 +168,10 @@ def test_different_query_lengths_with_several_kv_heads(device):
         assert_agree(got, naive_attention(inputs.q[i : i + 1, :query_len], *tensors, SCALE, True))
 
 
-@pytest.mark.parametrize("h_q", [5, 16, 128])
+@pytest.mark.parametrize("h_q", [5, 16, 20, 44, 128])
 @pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 16, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
-    """Two, few and many splits are merged in different ways; the last page is not full."""
+    """Few and many splits are merged in different ways, with rows that are no multiple of 8."""
     parts = num_parts(device, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")

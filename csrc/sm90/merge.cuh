@@ -63,9 +63,12 @@ struct Merger {
     // together.
     template <int kUnroll>
     __device__ void add_splits(MergeState<kVectors>& state, int begin, int end, int step) const {
-        const int lane = threadIdx.x % kHalf;
-        const float* lse_row = first.lse + octet * kOctetRows + lane / 2 + begin * params.partial_rows;
-        const float* out = first.group(octet, group) + lane * 4 + begin * params.partial_rows * kHeadDimV;
+        const int lane = threadIdx.x % kHalf, group_stride = first.group_stride(octet);
+        // Past a cut octet's end, its last row again.
+        const int row = min(lane / 2, group_stride / kGroupColumns - 1);
+        const float* lse_row = first.lse + octet * kOctetRows + row + begin * params.partial_rows;
+        const float* out = first.group(octet, group) + row * kGroupColumns + lane % 2 * 4 +
+                           begin * params.partial_rows * kHeadDimV;
         const int64_t stride = step * params.partial_rows;
 #pragma unroll 1
         for (; begin < end; begin += kUnroll * step) {
@@ -78,8 +81,7 @@ struct Merger {
                     lse[i] = __ldcg(lse_row);
 #pragma unroll
                     for (int v = 0; v < kVectors; ++v)
-                        value[i][v] =
-                            __ldcg(reinterpret_cast<const float4*>(out + 2 * v * kGroupColumns * kOctetRows));
+                        value[i][v] = __ldcg(reinterpret_cast<const float4*>(out + 2 * v * group_stride));
                 }
                 lse_row += stride;
                 out += stride * kHeadDimV;

@@ -1,8 +1,9 @@
 // Partials: the unmerged float32 results of splits, and how they lie in memory.
 //
-// A tile's rows are stored in octets, and an octet in groups of 8 columns: the group's values of one row,
-// then of the next. So a warp with many rows, whose threads hold 8 rows x 8 columns of the output, stores 256
-// bytes in a line, one with few rows four of its 8 sectors at a time, and a warp of the merge loads lines.
+// A tile's rows are stored in octets, the last of which may be cut off, and an octet in groups of 8 columns:
+// the group's values of one row, then of the next. So a warp with many rows, whose threads hold 8 rows x 8
+// columns of the output, stores 256 bytes in a line, one with few rows four of its 8 sectors at a time, and a
+// warp of the merge loads lines.
 #pragma once
 
 #include "tiles.cuh"
@@ -18,17 +19,25 @@ constexpr int kGroups = kHeadDimV / kGroupColumns;
 struct Partial {
     float* out;
     float* lse;
+    int rows;
 
-    __device__ Partial(const DecodeParams& params, const RowTile& tile, const SplitPlace& place,
-                       int of_split) {
-        const int first = (place.first_slot + of_split) * params.partial_rows + tile.first_partial_row;
+    __device__ Partial(const DecodeParams& params, const RowTile& tile, const SplitPlace& place, int of_split)
+        : rows(tile.rows(params, params.query_len)) {
+        const int token = tile.kv_head * params.query_len + tile.first_token;
+        const int head = tile.first_head - tile.kv_head * params.heads_per_group;
+        const int first =
+            (place.first_slot + of_split) * params.partial_rows + token * params.heads_per_group + head;
         out =
             params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // of chunks there may be gigabytes
         lse = params.lse_partial + first;
     }
 
+    // From a group of the octet to the next one.
+    __device__ int group_stride(int octet) const {
+        return min(kOctetRows, rows - octet * kOctetRows) * kGroupColumns;
+    }
     __device__ float* group(int octet, int group) const {
-        return out + octet * kOctetRows * kHeadDimV + group * kGroupColumns * kOctetRows;
+        return out + octet * kOctetRows * kHeadDimV + group * group_stride(octet);
     }
 };
 

@@ -21,7 +21,6 @@ struct RowTile {
     int first_head;  // of all heads
     int heads_left;  // of the KV head's group, from first_head
     int kv_head;
-    int first_partial_row;  // among the rows of a partial
 
     __device__ RowTile(const DecodeParams& params, int tile) {
         const int group = params.heads_per_group;
@@ -32,7 +31,11 @@ struct RowTile {
         first_token = token_tile * params.tokens_per_tile;
         first_head = kv_head * group + head;
         heads_left = group - head;
-        first_partial_row = tile * kTileRows;
+    }
+
+    // How many rows it has where a sequence has so many query tokens.
+    __device__ int rows(const DecodeParams& params, int query_len) const {
+        return min(params.heads_per_tile, heads_left) * min(params.tokens_per_tile, query_len - first_token);
     }
 
   private:
@@ -66,8 +69,7 @@ struct Split {
     __device__ bool is_idle() const { return is_empty() && seq_len > 0; }
     // Rows of the tile that hold a query: the first ones.
     __device__ int valid_rows(const DecodeParams& params, const RowTile& tile) const {
-        return min(params.heads_per_tile, tile.heads_left) *
-               min(params.tokens_per_tile, query_len - tile.first_token);
+        return tile.rows(params, query_len);
     }
 };
 

@@ -87,13 +87,12 @@ class NativeProvider:
             self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
 
     def decode(self, args: DecodeArguments) -> None:
-        b, h_q, h_kv = args.cache_seqlens.shape[0], args.out.shape[2], args.k_cache.shape[2]
+        b, h_q = args.cache_seqlens.shape[0], args.out.shape[2]
         # How many splits there are is known on the GPU alone, so there is room for as many as can be.
         parts, max_pages = args.tile_scheduler_metadata.shape[0], args.block_table.shape[1]
         slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
-        rows = schedule.partial_rows(args.max_query_len, h_q // h_kv, h_kv)
-        lse_partial = args.lse.new_empty(slots, rows)
-        out_partial = args.lse.new_empty(slots, rows, args.out.shape[3])
+        lse_partial = args.lse.new_empty(slots, args.max_query_len * h_q)
+        out_partial = args.lse.new_empty(*lse_partial.shape, args.out.shape[3])
         with torch.cuda.device(self._device):
             self._ops.decode(
                 args.q_nope,

@@ -125,17 +125,6 @@ def partial_slots(batch: int, parts: int, max_pages: int, chunk_level: int) -> i
     return parts + min(batch, parts) if parts > 1 else 0
 
 
-def partial_rows(max_query_len: int, heads_per_kv_head: int, num_kv_heads: int) -> int:
-    """Rows of a partial result as the GPU kernels store it: whole tiles, the last cut off at 8 rows.
-
-    A tile has whole query tokens, or up to 64 heads of one; so it may have less than `TILE_ROWS` rows.
-    """
-    heads = min(heads_per_kv_head, TILE_ROWS)
-    tokens = TILE_ROWS // heads
-    tiles = ceil_div(heads_per_kv_head, heads) * ceil_div(max_query_len, tokens) * num_kv_heads
-    return (tiles - 1) * TILE_ROWS + 8 * ceil_div(min(TILE_ROWS, max_query_len * heads_per_kv_head), 8)
-
-
 def num_pages(length: int) -> int:
     """Pages of a sequence of `length` tokens; a negative length counts as none."""
     return max(0, ceil_div(length, PAGE_SIZE))

@@ -104,18 +104,19 @@ __device__ inline void store_partial(const Partial& partial, int rows, const Hal
                                      int consumer) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
     const int first_group = (consumer * kColumnsHalfV + 16 * warp) / kGroupColumns;
-    const int at = lane % 4 * 2 * kGroupColumns + lane / 4;
 #pragma unroll
     for (int octet = 0; octet < kRows / kOctetRows; ++octet) {
+        const int row = lane % 4 * 2, rows_left = rows - octet * kOctetRows - row;
         if (octet * kOctetRows >= rows) break;
-        float* group = partial.group(octet, first_group) + at;
+        const int stride = partial.group_stride(octet);
+        float* group = partial.group(octet, first_group) + row * kGroupColumns + lane / 4;
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int from = (t * kTileColumns + 8 * h) * kOctetRows;
-                group[from] = own[t][4 * octet + 2 * h];
-                group[from + kGroupColumns] = own[t][4 * octet + 2 * h + 1];
+                float* at = group + (t * kTileColumns / kGroupColumns + h) * stride;
+                if (rows_left > 0) at[0] = own[t][4 * octet + 2 * h];
+                if (rows_left > 1) at[kGroupColumns] = own[t][4 * octet + 2 * h + 1];
             }
     }
 }

@@ -36,12 +36,13 @@ __device__ inline void store_partial(const Partial& partial, int rows, const flo
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
-        if (octet * kOctetRows >= rows) continue;
+        if (octet * kOctetRows + lane / 4 >= rows) continue;
+        const int stride = partial.group_stride(octet) / 2;
         auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
         const float factor = h == 0 ? scale.x : scale.y;
 #pragma unroll
         for (int i = 0; i < kGroups / 2; ++i)
-            at[i * 32] = make_float2(output[4 * i + 2 * h] * factor, output[4 * i + 2 * h + 1] * factor);
+            at[i * stride] = make_float2(output[4 * i + 2 * h] * factor, output[4 * i + 2 * h + 1] * factor);
     }
 }
 

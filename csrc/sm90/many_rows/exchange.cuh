@@ -30,6 +30,7 @@ __device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTi
     for (int h = 0; h < 2; ++h) {
         const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
         if (row >= rows) continue;
+        const int stride = other.group_stride(octet) / 2;
         const float my_lse = __ldcg(mine.lse + row), other_lse = __ldcg(other.lse + row);
         const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
         const float max = fmaxf(my_lse, other_lse), offset = max == -INFINITY ? 0.f : max;
@@ -38,7 +39,7 @@ __device__ inline float2 merge_exchanged(const DecodeParams& params, const RowTi
         const float sum = my_weight + other_weight, factor = my_weight * scales[h];
 #pragma unroll
         for (int i = 0; i < kGroups / 2; ++i) {
-            const float2 value = __ldcg(at + i * 32);
+            const float2 value = __ldcg(at + i * stride);
             output[4 * i + 2 * h] = output[4 * i + 2 * h] * factor + value.x * other_weight;
             output[4 * i + 2 * h + 1] = output[4 * i + 2 * h + 1] * factor + value.y * other_weight;
         }
