@@ -206,6 +206,9 @@ class Triton:
         # TRITON_MLA's rule: a split for each 512 tokens, rounded up to a power of two, within two per SM.
         wanted = max(1, inputs.max_len // 512)
         splits = min(1 << (wanted - 1).bit_length(), 2 * self._num_sms)
+        values = b * h_q * splits * 513
+        if values >= 1 << 31:  # it would read and write anywhere, and take the process along
+            raise Missing(f"its 32-bit offsets do not reach the {values:,} values of its {splits} splits")
         one = torch.ones((), device=inputs.q.device)  # scales; left out, a copy from the host would make them
 
         def step() -> torch.Tensor:
