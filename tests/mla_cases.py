@@ -1,4 +1,4 @@
-"""Inputs whose every unused byte is poisoned, and the bounds within which results must agree."""
+"""Inputs whose every unused byte is poisoned, calls on them, and bounds within which results must agree."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from mla_cases import Case, assert_agree, expected, make_inputs, run, run_ragged
 CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
     Case((0, 3, 700), s_q=4, h_q=20, causal=True),
+    Case((3000, 130), h_q=5),  # several splits, of less than 8 rows
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
@@ -19,6 +20,7 @@ CASES = [
 BATCH_INVARIANT = [
     Case((0, 1, 64, 1000, 3000), h_q=16),
     Case((5000, 300), s_q=2, h_q=80, causal=True),
+    Case((2500, 300), h_q=20),
 ]
 RAGGED = Case((700, 65, 3), s_q=5, h_q=20, causal=True)
 

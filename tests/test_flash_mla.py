@@ -34,7 +34,7 @@ from vllm_flashmla_backend.flash_mla import (
     schedule,
 )
 from vllm_flashmla_backend.flash_mla.planning import num_parts
-from vllm_flashmla_backend.flash_mla.providers import provider_for
+from vllm_flashmla_backend.flash_mla.providers import DecodeArguments, empty_partials, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, WHOLE_PAGES, is_few
 
@@ -171,7 +171,7 @@ def test_different_query_lengths_with_several_kv_heads(device):
 @pytest.mark.parametrize("h_q", [5, 16, 20, 44, 128])
 @pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 16, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
-    """Few and many splits are merged in different ways, with rows that are no multiple of 8."""
+    """Two, few and many are merged in different ways; the last page and the last 8 rows need not be full."""
     parts = num_parts(device, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")
@@ -197,6 +197,18 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
     buffers = nan_results(case, device)
     got = flash_mla_decode(*tensors, metadata.to(device), num_splits.to(device), SCALE, case.causal, *buffers)
     assert_agree(got, expected(case, inputs))
+
+
+@pytest.mark.parametrize("b, s_q, h_q", [(1, 1, 128), (128, 1, 20), (300, 4, 20), (2, 3, 5)])
+def test_partial_results_take_no_more_memory_than_flashmlas(b, s_q, h_q):
+    """Which has room for as many as there are sequences and parts."""
+    parts, nothing = 132, torch.empty(0)
+    out, lse = torch.empty(b, s_q, h_q, 512, device="meta"), torch.empty(b, h_q, s_q, device="meta")
+    table, plan = torch.empty(b, 70, device="meta"), torch.empty(parts, 8, device="meta")
+    args = DecodeArguments(*[nothing] * 3, table, nothing, None, s_q, plan, out, lse, SCALE, False)
+    out_partial, lse_partial = empty_partials(args)
+    assert out_partial.numel() <= (b + parts) * out[0].numel()
+    assert lse_partial.numel() <= (b + parts) * lse[0].numel()
 
 
 def benchmark_cases(on_gpu: bool, quick: bool) -> list[Case]:

@@ -141,7 +141,9 @@ def test_plan_of_another_batch_stays_within_the_call(batch_invariant):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("begins", [(0, 3, 3, 8), (0, 500, -7, 8), (0, 2**31 - 1, 2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "begins", [(0, 3, 3, 8), (0, 500, -7, 8), (0, 8, -(2**31), 8), (0, 2**31 - 1, 2**31 - 1, 2**31 - 1)]
+)
 def test_wild_query_lengths_and_a_foreign_plan_stay_within_a_ragged_call(begins, batch_invariant):
     """Neither is read back from a GPU: rows may be wrong, but no foreign memory is touched."""
     gpu, lengths = torch.device("cuda", 0), (200, 130, 700)

@@ -182,11 +182,6 @@ def test_with_few_rows_half_of_the_parts_share_few_pages(lengths, splits):
     assert plan(lengths, 132, 0, few_rows=True)[1].diff().tolist() == splits
 
 
-@given(LENGTHS, PARTS)
-def test_partial_results_have_no_more_slots_than_flashmla_gives_them(lengths, parts):
-    assert partial_slots(len(lengths), parts, 0, 0) <= len(lengths) + parts
-
-
 def test_a_single_part_needs_no_room_for_partial_results():
     assert partial_slots(300, 1, 50, 0) == 0
 

@@ -54,7 +54,8 @@ class Loader {
                split.page_end - split.page_begin <= kLittlePages;
     }
 
-    // A group of the page's tiles, with which the query's arrive under the same barrier unless they have one.
+    // A group of the page's tiles. A query without a barrier of its own counts under theirs; its tiles are
+    // asked for here if it is the block's first, else by `load`.
     template <TileGroup kGroup>
     __device__ void load_group(const RowTile& tile, int page_index, bool with_query,
                                const QueryPlace& query) {

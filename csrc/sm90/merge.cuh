@@ -65,7 +65,7 @@ struct Merger {
     __device__ void add_splits(MergeState<kVectors>& state, int begin, int end, int step) const {
         const int lane = threadIdx.x % kHalf, group_stride = first.group_stride(octet);
         // Past a cut octet's end, its last row again.
-        const int row = min(lane / 2, group_stride / kGroupColumns - 1);
+        const int row = min(lane / 2, first.octet_rows(octet) - 1);
         const float* lse_row = first.lse + octet * kOctetRows + row + begin * params.partial_rows;
         const float* out = first.group(octet, group) + row * kGroupColumns + lane % 2 * 4 +
                            begin * params.partial_rows * kHeadDimV;

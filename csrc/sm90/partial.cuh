@@ -1,5 +1,9 @@
 // Partials: the unmerged float32 results of splits, and how they lie in memory.
 //
+// A partial has query_len x h_q rows, ordered by KV head, query token and head. A tile's follow one another,
+// as it has whole tokens or heads of one; where they begin depends on the longest query, not on the
+// sequence's.
+//
 // A tile's rows are stored in octets, the last of which may be cut off, and an octet in groups of 8 columns:
 // the group's values of one row, then of the next. So a warp with many rows, whose threads hold 8 rows x 8
 // columns of the output, stores 256 bytes in a line, one with few rows four of its 8 sectors at a time, and a
@@ -32,10 +36,9 @@ struct Partial {
         lse = params.lse_partial + first;
     }
 
+    __device__ int octet_rows(int octet) const { return min(kOctetRows, rows - octet * kOctetRows); }
     // From a group of the octet to the next one.
-    __device__ int group_stride(int octet) const {
-        return min(kOctetRows, rows - octet * kOctetRows) * kGroupColumns;
-    }
+    __device__ int group_stride(int octet) const { return octet_rows(octet) * kGroupColumns; }
     __device__ float* group(int octet, int group) const {
         return out + octet * kOctetRows * kHeadDimV + group * group_stride(octet);
     }

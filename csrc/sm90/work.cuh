@@ -90,7 +90,7 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
 // How many query tokens a sequence has.
 __device__ inline int query_len_of(const DecodeParams& params, int seq) {
     if (!params.cu_seqlens_q) return params.query_len;
-    const int end = min(params.cu_seqlens_q[seq + 1], params.num_tokens);
+    const int end = max(0, min(params.cu_seqlens_q[seq + 1], params.num_tokens));
     return min(end - QueryPlace(params, seq).token, params.query_len);
 }
 

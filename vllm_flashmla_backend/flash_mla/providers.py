@@ -87,12 +87,7 @@ class NativeProvider:
             self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
 
     def decode(self, args: DecodeArguments) -> None:
-        b, h_q = args.cache_seqlens.shape[0], args.out.shape[2]
-        # How many splits there are is known on the GPU alone, so there is room for as many as can be.
-        parts, max_pages = args.tile_scheduler_metadata.shape[0], args.block_table.shape[1]
-        slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
-        lse_partial = args.lse.new_empty(slots, args.max_query_len * h_q)
-        out_partial = args.lse.new_empty(*lse_partial.shape, args.out.shape[3])
+        out_partial, lse_partial = empty_partials(args)
         with torch.cuda.device(self._device):
             self._ops.decode(
                 args.q_nope,
@@ -111,6 +106,17 @@ class NativeProvider:
                 args.causal,
                 args.chunk_level,
             )
+
+
+def empty_partials(args: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the partial results of a call, (slots, max_query_len * h_q, 512) and without the 512, float32.
+
+    How many splits there are is known on the GPU alone, so it is enough for as many as can be.
+    """
+    parts, (b, max_pages) = args.tile_scheduler_metadata.shape[0], args.block_table.shape
+    slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
+    lse = args.lse.new_empty(slots, args.max_query_len * args.out.shape[2])
+    return args.lse.new_empty(*lse.shape, args.out.shape[3]), lse
 
 
 class ReferenceProvider:

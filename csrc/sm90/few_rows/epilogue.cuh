@@ -106,8 +106,8 @@ __device__ inline void store_partial(const Partial& partial, int rows, const Hal
     const int first_group = (consumer * kColumnsHalfV + 16 * warp) / kGroupColumns;
 #pragma unroll
     for (int octet = 0; octet < kRows / kOctetRows; ++octet) {
-        const int row = lane % 4 * 2, rows_left = rows - octet * kOctetRows - row;
         if (octet * kOctetRows >= rows) break;
+        const int row = lane % 4 * 2, rows_left = rows - octet * kOctetRows - row;
         const int stride = partial.group_stride(octet);
         float* group = partial.group(octet, first_group) + row * kGroupColumns + lane / 4;
 #pragma unroll
