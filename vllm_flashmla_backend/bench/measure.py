@@ -16,7 +16,7 @@ from ..flash_mla.schedule import METADATA_WIDTH
 from .cases import Case, regime_of
 from .clock import GpuMonitor
 from .inputs import Inputs, make_inputs, reference, relative_error
-from .peers import Peer, Step
+from .peers import Missing, Peer, Step
 
 FLUSH_BYTES = 256 << 20  # four times the L2 of an H200
 LARGEST_ERROR = 5e-3
@@ -94,8 +94,8 @@ def measure_case(
         try:
             timed += [(peer, *prepared) for prepared in _prepare(peer, inputs)]
         except Exception as error:  # whatever a peer raises, the others are still to be measured
-            reason = f"{type(error).__name__}: {error}"[:1000]
-            failures.append(case.keys() | {"peer": peer.name, "error": reason})
+            reason = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {error}"
+            failures.append(case.keys() | {"peer": peer.name, "error": reason[:1000]})
     timer.take_turns([call for *_, call in timed])
     want = reference(inputs)
     rows: dict[str, dict] = {}
