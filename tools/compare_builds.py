@@ -4,8 +4,8 @@
 
 A build is a copy of `vllm_flashmla_backend/flash_mla/_kernels.so`, made by `make env` of this tree or of
 another checkout whose functions take the same arguments (before 737fe47 they want more scratch where heads
-are no multiple of 8, and fail there). Times of two runs differ by more than most changes
-do; compare within one only.
+are no multiple of 8, and fail there). Times of two runs differ by more than most changes do; compare within
+one only.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ setting that its users choose by the case, `prepare` returns a step for each, an
 from __future__ import annotations
 
 import importlib
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -206,15 +207,15 @@ class Triton:
         # TRITON_MLA's rule: a split for each 512 tokens, rounded up to a power of two, within two per SM.
         wanted = max(1, inputs.max_len // 512)
         splits = min(1 << (wanted - 1).bit_length(), 2 * self._num_sms)
-        values = b * h_q * splits * 513
-        if values >= 1 << 31:  # it would read and write anywhere, and take the process along
+        shape = (b, h_q, splits, 513)  # of the partials: out and lse side by side
+        if (values := math.prod(shape)) >= 1 << 31:  # it would read and write anywhere, and end the process
             raise Missing(f"its 32-bit offsets do not reach the {values:,} values of its {splits} splits")
         one = torch.ones((), device=inputs.q.device)  # scales; left out, a copy from the host would make them
 
         def step() -> torch.Tensor:
             out = inputs.q.new_empty(b, h_q, 512)
             lse = inputs.q.new_empty(b, h_q)
-            partials = torch.empty(b, h_q, splits, 513, dtype=torch.float32, device=inputs.q.device)
+            partials = torch.empty(shape, dtype=torch.float32, device=inputs.q.device)
             self._decode(
                 inputs.q.squeeze(1),
                 inputs.k_cache,

@@ -49,6 +49,10 @@ def check_like(
         fail(name, f"shape {tuple(tensor.shape)}", tuple(shape))
     if tensor.dtype != dtype:
         fail(name, tensor.dtype, dtype)
+    check_same_device(name, tensor, device)
+
+
+def check_same_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:
         fail(name, f"a tensor on {tensor.device}", f"one on {device}")
 
@@ -141,14 +145,14 @@ def check_cache(
     """The paged cache and its table, of b sequences, against a q that is right."""
     h_q = q.shape[2]
     check_rank("k_cache", k_cache, 4)
-    num_pages, page_size, h_kv, head_dim = k_cache.shape
+    _, page_size, h_kv, head_dim = k_cache.shape
     if page_size != PAGE_SIZE or head_dim != HEAD_DIM or h_kv == 0:
         fail("k_cache", f"shape {tuple(k_cache.shape)}", f"(pages, {PAGE_SIZE}, h_kv, {HEAD_DIM})")
     if h_q % h_kv:
         fail("k_cache", f"{h_kv} KV heads", f"a divisor of q's {h_q} heads")
     if k_cache.dtype != q.dtype:
         fail("k_cache", k_cache.dtype, f"{q.dtype}, as q has")
-    check_like("k_cache", k_cache, (num_pages, page_size, h_kv, head_dim), q.dtype, q.device)
+    check_same_device("k_cache", k_cache, q.device)
     check_strides("k_cache", k_cache)
 
     check_rank("block_table", block_table, 2)
