@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from vllm_flashmla_backend.processes import ended_by_signals
+
 PROGRAM = """
 import subprocess, sys, time
 from vllm_flashmla_backend.processes import ended_by_signals, stop_group
@@ -33,3 +35,13 @@ def test_process_that_gets_a_signal_stops_what_it_started(number):
         for _ in range(100):
             os.kill(child, 0)
             time.sleep(0.1)
+
+
+def test_signal_that_nohup_has_ignored_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
