@@ -12,7 +12,8 @@ CASES = [
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
-    Case((128,) * 66, h_q=64),  # two splits each, whose blocks exchange halves
+    *(Case((128,) * 66, h_q=h_q) for h_q in (16, 64)),  # two splits each, whose blocks end with the sequence
+    *(Case((384,) * 140 + (2560,), h_q=h_q) for h_q in (16, 64)),  # two splits, and the second one's goes on
     Case((4000,), h_q=32),
     Case((10,) * 300, h_q=16),  # one query right behind the other
     Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for

@@ -2,8 +2,8 @@
 // w_i = exp(lse_i - lse), lse = log sum_i exp(lse_i).
 //
 // A warpgroup that has written its half of a partial says so (arrivals.cuh) and works on. At its end it waits
-// until all splits of its first and last sequence are written, and merges its share of their rows: all SMs
-// merge, and no second kernel has to be launched.
+// until all splits of its last sequence are written, and merges its share of their rows: all SMs merge, and
+// no second kernel has to be launched.
 #pragma once
 
 #include <cmath>
@@ -138,9 +138,10 @@ __device__ inline float4 shuffle_xor(float4 value, int mask) {
 // share is only one or two such items, so do four or two warps.
 template <typename T>
 __device__ inline void merge_deep(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const SplitPlace& place, int consumer, MergeScratch& scratch) {
+                                  const SplitPlace& place, const SplitPlace& part, int consumer,
+                                  MergeScratch& scratch) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, half = lane / 16;
-    const int ranks = place.num_splits * kConsumers, rank = place.index * kConsumers + consumer;
+    const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
     const Partial first(params, tile, place, 0);
     const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kGroups;
     const int share = rank < items ? (items - rank - 1) / ranks + 1 : 0;
@@ -167,30 +168,28 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
     }
 }
 
-// Merges the part's first and last sequence where other parts work on them, too, and the splits are not
-// merged already.
-template <typename T, int kVectors, typename IsMerged>
+// Merges the part's last sequence where others work on it, too, and it is no pair, which pairs.cuh merges.
+// The first one, where it is another, is left to the parts that end with that one.
+template <typename T, int kVectors>
 __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
-                                    const RowTile& tile, int consumer, MergeScratch& scratch,
-                                    IsMerged&& is_merged) {
+                                    const RowTile& tile, int consumer, MergeScratch& scratch) {
     constexpr int kFewSplits = 7;
-    // Their lengths, which would have to be fetched again, count no more.
-    const int last_seq = ptx::uniform(min(plan.last_seq, params.batch - 1));
-    for (int seq = ptx::uniform(max(plan.first_seq, 0)); seq <= last_seq;
-         seq = seq < last_seq ? last_seq : last_seq + 1) {
-        Split split;
-        split.seq = seq;
-        split.query_len = query_len_of(params, seq);
-        if (tile.first_token >= split.query_len) continue;
-        const SplitPlace place(params, plan, split);
-        if (!place.is_partial() || is_merged(place)) continue;
-        sync_warpgroup(consumer);  // what the last split, or a merge, left in the scratch has been read
-        wait_for_all(params, plan, phases, split, place, consumer);
-        if (place.num_splits <= kFewSplits) {
-            merge_wide<T, kVectors>(params, tile, split, place, place, consumer);
-        } else {
-            merge_deep<T>(params, tile, split, place, consumer, scratch);
-        }
+    Split split;
+    split.seq = ptx::uniform(plan.last_seq);
+    if (split.seq < max(plan.first_seq, 0) || split.seq >= params.batch) return;  // an idle part
+    split.query_len = query_len_of(params, split.seq);
+    if (tile.first_token >= split.query_len) return;
+    const SplitPlace place(params, plan, split);
+    if (place.num_splits <= 2) return;
+    SplitPlace part = place;
+    const PartPlan& of_last = params.parts[part_of_block(params) + place.num_splits - 1 - place.index];
+    if (of_last.first_seq != of_last.last_seq) --part.num_splits;
+    sync_warpgroup(consumer);  // what the last split left in the scratch has been read
+    wait_for_all(params, plan, phases, split, place, consumer);
+    if (place.num_splits <= kFewSplits) {
+        merge_wide<T, kVectors>(params, tile, split, place, part, consumer);
+    } else {
+        merge_deep<T>(params, tile, split, place, part, consumer, scratch);
     }
 }
 

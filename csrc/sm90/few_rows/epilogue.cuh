@@ -6,6 +6,8 @@
 // there.
 #pragma once
 
+#include "../arrivals.cuh"
+#include "../pairs.cuh"
 #include "../partial.cuh"
 #include "../rows.cuh"
 #include "softmax.cuh"
@@ -99,9 +101,9 @@ __device__ inline void join_halves(Storage<kRows>& shared, const Normalizer<kRow
     }
 }
 
-template <int kRows>
-__device__ inline void store_partial(const Partial& partial, int rows, const HalfOutput<kRows>& own,
-                                     int consumer) {
+// Calls `work` with the places in a partial of this consumer's values: where, in which tile, which one there.
+template <int kRows, typename Work>
+__device__ inline void for_each_value(const Partial& partial, int rows, int consumer, Work&& work) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
     const int first_group = (consumer * kColumnsHalfV + 16 * warp) / kGroupColumns;
 #pragma unroll
@@ -115,10 +117,37 @@ __device__ inline void store_partial(const Partial& partial, int rows, const Hal
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float* at = group + (t * kTileColumns / kGroupColumns + h) * stride;
-                if (rows_left > 0) at[0] = own[t][4 * octet + 2 * h];
-                if (rows_left > 1) at[kGroupColumns] = own[t][4 * octet + 2 * h + 1];
+                if (rows_left > 0) work(at, t, 4 * octet + 2 * h);
+                if (rows_left > 1) work(at + kGroupColumns, t, 4 * octet + 2 * h + 1);
             }
     }
+}
+
+template <int kRows>
+__device__ inline void store_partial(const Partial& partial, int rows, const HalfOutput<kRows>& own,
+                                     int consumer) {
+    for_each_value<kRows>(partial, rows, consumer, [&](float* at, int t, int i) { *at = own[t][i]; });
+}
+
+// Adds the other one of two splits to `own`. A lane weighs one row, and the others get that from there.
+template <int kRows>
+__device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                       const SplitPlace& place, const RowTotal<kRows>& total, int consumer,
+                                       HalfOutput<kRows>& own) {
+    const Partial other(params, tile, place, 1 - place.index);
+    const int rows = split.valid_rows(params, tile), row = threadIdx.x % kRows;
+    const PairWeights weights(total.log_sum_exp(-INFINITY), row < rows ? __ldcg(other.lse + row) : -INFINITY);
+    if (threadIdx.x < rows) *lse_of(params, split.seq, row_of(params, tile, split, row)) = weights.lse;
+    float of_own[kRows / 4], of_other[kRows / 4];
+#pragma unroll
+    for (int v = 0; v < kRows / 4; ++v) {
+        of_own[v] = __shfl_sync(~0u, weights.mine * weights.inverse, row_of_value(v));
+        of_other[v] = __shfl_sync(~0u, weights.other * weights.inverse, row_of_value(v));
+    }
+    for_each_value<kRows>(other, rows, consumer, [&](const float* at, int t, int i) {
+        const int value = i / 4 * 2 + i % 2;
+        own[t][i] = own[t][i] * of_own[value] + __ldcg(at) * of_other[value];
+    });
 }
 
 template <typename T, int kRows>
@@ -153,6 +182,16 @@ __device__ inline void store_lse(const DecodeParams& params, const RowTotal<kRow
     }
 }
 
+// Final rows of a consumer's half of the output. `staging`: what the other one handed over.
+template <typename T, int kRows>
+__device__ inline void store_rows(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                  const HalfOutput<kRows>& own, int consumer, uint8_t* staging) {
+    sync_warpgroup(consumer);  // it has been read
+    stage_rows<T, kRows>(own, staging);
+    sync_warpgroup(consumer);
+    copy_rows<T>(params, tile, split, staging, consumer * kColumnsHalfV);
+}
+
 // Stores a consumer's half of a split's result.
 template <typename T, int kRows>
 __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
@@ -165,17 +204,19 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
     const Normalizer<kRows> normalizer(shared, consumer);
     store_lse<kRows>(params, normalizer.total, place, tile, split);
     join_halves<kRows>(shared, normalizer, consumer, meeting_parity, own, others);
-    if (place.is_partial()) {
+    uint8_t* staging = shared.scratch[1 - consumer];
+    if (!place.is_partial()) {
+        store_rows<T, kRows>(params, tile, split, own, consumer, staging);
+    } else if (place.num_splits == 2 && is_merged_here(params, place, consumer)) {
+        arrive(params, place, consumer);
+        wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
+        add_other_split<kRows>(params, tile, split, place, normalizer.total, consumer, own);
+        store_rows<T, kRows>(params, tile, split, own, consumer, staging);
+    } else {
         store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
                              consumer);
         arrive(params, place, consumer);
-        return;
     }
-    uint8_t* staging = shared.scratch[1 - consumer];  // what the other handed over
-    sync_warpgroup(consumer);                         // has been read
-    stage_rows<T, kRows>(own, staging);
-    sync_warpgroup(consumer);
-    copy_rows<T>(params, tile, split, staging, consumer * kColumnsHalfV);
 }
 
 }  // namespace mla::few_rows

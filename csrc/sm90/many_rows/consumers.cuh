@@ -4,7 +4,6 @@
 
 #include "../values.cuh"
 #include "epilogue.cuh"
-#include "exchange.cuh"
 #include "products.cuh"
 #include "storage.cuh"
 
@@ -194,15 +193,15 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
                                     const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
-    const bool exchanged = is_exchange(params, shared.plan, place);
-    const bool is_mine = !place.is_partial() || (exchanged && consumer == place.index);
+    const bool is_joined = place.num_splits == 2 && is_merged_here(params, place, consumer);
+    const bool is_mine = is_joined || !place.is_partial();
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
                       scale, consumer);
     if (place.is_partial()) arrive(params, place, consumer);
-    if (is_mine && exchanged) {
+    if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
-        scale = merge_exchanged(params, tile, split, place, consumer, scale, output);
+        scale = add_other_split(params, tile, split, place, consumer, scale, output);
     }
     if (!is_mine) return;
     if (split.is_empty()) {

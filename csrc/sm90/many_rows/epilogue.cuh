@@ -4,9 +4,11 @@
 // them out in the V tiles of its last page, which it still holds, and stores whole lines from there.
 #pragma once
 
+#include "../pairs.cuh"
 #include "../partial.cuh"
 #include "../rows.cuh"
 #include "softmax.cuh"
+#include "storage.cuh"
 
 namespace mla::many_rows {
 
@@ -84,6 +86,35 @@ __device__ inline void store_lse(const DecodeParams& params, const SplitPlace& p
             *lse_of(params, split.seq, row) = softmax.log_sum_exp(h, INFINITY);
         }
     }
+}
+
+// Adds the other split's half to `output`, which was not scaled yet; returns by what to scale the sum.
+__device__ inline float2 add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                         const SplitPlace& place, int consumer, float2 scale,
+                                         float (&output)[128]) {
+    const Partial mine(params, tile, place, place.index), other(params, tile, place, 1 - place.index);
+    const int lane = threadIdx.x % 32, rows = split.valid_rows(params, tile);
+    float scales[2] = {scale.x, scale.y};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
+        if (row >= rows) continue;
+        const int stride = other.group_stride(octet) / 2;
+        const float my_lse = __ldcg(mine.lse + row), other_lse = __ldcg(other.lse + row);
+        const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
+        const PairWeights weights(my_lse, other_lse);
+        const float factor = weights.mine * scales[h];
+#pragma unroll
+        for (int i = 0; i < kGroups / 2; ++i) {
+            const float2 value = __ldcg(at + i * stride);
+            output[4 * i + 2 * h] = output[4 * i + 2 * h] * factor + value.x * weights.other;
+            output[4 * i + 2 * h + 1] = output[4 * i + 2 * h + 1] * factor + value.y * weights.other;
+        }
+        scales[h] = weights.inverse;
+        if (consumer == kLeft && lane % 4 == 0)
+            *lse_of(params, split.seq, row_of(params, tile, split, row)) = weights.lse;
+    }
+    return make_float2(scales[0], scales[1]);
 }
 
 }  // namespace mla::many_rows

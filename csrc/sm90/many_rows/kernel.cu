@@ -31,9 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            merge_splits<T, 4>(
-                params, shared.plan, shared.phases, tile, consumer, shared.merge_scratch(consumer),
-                [&](const SplitPlace& place) { return is_exchange(params, shared.plan, place); });
+            merge_splits<T, 4>(params, shared.plan, shared.phases, tile, consumer,
+                               shared.merge_scratch(consumer));
         }
     };
     run_block<Storage, ConsumerState, kMode>(params, maps, init_barriers, consume_split, merge);
