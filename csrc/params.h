@@ -18,10 +18,11 @@ constexpr int kTileColumns = 64;  // of q and of the cache, that are multiplied,
 constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // of the latent part that are fetched at once
 constexpr int kMetadataWidth = 8;                          // int32 words in a row of tile_scheduler_metadata
 
-constexpr unsigned kStartCost = 3;   // of a split, in pages: START_COST of schedule.py
-constexpr int kFewRows = 32;         // query rows that share a KV head: FEW_ROWS there
-constexpr unsigned kFewPages = 4;    // FEW_PAGES there
-constexpr unsigned kWholePages = 8;  // WHOLE_PAGES there
+constexpr unsigned kStartCost = 3;    // of a split, in pages: START_COST of schedule.py
+constexpr unsigned kPartialCost = 3;  // of a split that is not its sequence's only one: PARTIAL_COST there
+constexpr int kFewRows = 32;          // query rows that share a KV head: FEW_ROWS there
+constexpr unsigned kFewPages = 4;     // FEW_PAGES there
+constexpr unsigned kWholePages = 8;   // WHOLE_PAGES there
 
 enum class DType { kBFloat16, kHalf };
 

@@ -21,6 +21,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     FEW_ROWS,
     METADATA_WIDTH,
     PAGE_SIZE,
+    PARTIAL_COST,
     START_COST,
     WHOLE_PAGES,
     Field,
@@ -83,18 +84,22 @@ def test_every_page_is_planned_once_and_in_order(lengths, parts, few_rows):
         assert len(runs) == 1 or all(begin < end for begin, end in runs), "no split without pages"
 
 
+def fair_share(lengths: list[int], parts: int) -> int:
+    """Of all starts and pages."""
+    return ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
+
+
 @given(LENGTHS, PARTS)
 def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts):
-    """Either a split a part, or the fair share of all starts and pages; and a start for going on."""
+    """A split a part costs a partial result less than going on with a sequence and leaving another."""
     cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts)]
-    fair = ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
-    assert max(cost) <= min(least_split_length(lengths, parts), fair) + START_COST
+    fair, least = fair_share(lengths, parts), least_split_length(lengths, parts)
+    assert max(cost) <= (least if least <= fair + PARTIAL_COST else fair + 2 * PARTIAL_COST) + START_COST
 
 
 @given(LENGTHS, PARTS)
 def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
-    fair = ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
-    if least_split_length(lengths, parts) <= fair:
+    if least_split_length(lengths, parts) <= fair_share(lengths, parts) + PARTIAL_COST:
         assert max(map(len, shares(lengths, parts))) == 1
         pages = [[] for _ in lengths]
         for split in splits_of(plan(lengths, parts)[0], lengths):
@@ -108,10 +113,18 @@ def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
 def test_equal_sequences_are_not_cut_where_that_costs_no_more(batch, pages, parts):
     lengths = [pages * PAGE_SIZE] * batch
     whole = ceil_div(batch, parts) * (START_COST + max(1, pages))
-    fair = ceil_div(batch * (START_COST + max(1, pages)), parts)
-    if batch > parts and whole <= fair + START_COST:
+    if batch > parts and whole <= fair_share(lengths, parts) + START_COST + 2 * PARTIAL_COST:
         assert not is_cut(lengths, parts)
         assert max(map(len, shares(lengths, parts))) == ceil_div(batch, parts)
+
+
+@given(LENGTHS, PARTS)
+def test_a_split_of_several_is_not_shorter_than_what_it_costs(lengths, parts):
+    """Where sequences lie on a line, and shares are long enough to be moved by as much."""
+    found = splits_of(plan(lengths, parts)[0], lengths)
+    on_a_line = max(map(len, shares(lengths, parts))) > 1
+    if on_a_line and fair_share(lengths, parts) > START_COST + 2 * PARTIAL_COST + 1:
+        assert all(s.splits == 1 or s.page_end - s.page_begin > PARTIAL_COST for s in found)
 
 
 @given(LENGTHS, PARTS, st.booleans())
@@ -163,7 +176,7 @@ def test_planner_and_kernels_agree_on_what_is_few():
     text = (Path(__file__).parents[1] / "csrc" / "params.h").read_text()
     constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
     here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
-    here |= {"StartCost": START_COST, "PageSize": PAGE_SIZE}
+    here |= {"StartCost": START_COST, "PartialCost": PARTIAL_COST, "PageSize": PAGE_SIZE}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
 

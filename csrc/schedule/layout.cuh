@@ -65,15 +65,16 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
                                         unsigned most) {
     const unsigned num_parts = params.num_parts;
     const auto length = [=](unsigned less) { return most > least + less ? most - less : least; };
-    unsigned splits[kStartCost + 1] = {};  // with a length of most, most - 1, ...
+    constexpr unsigned kLengths = kStartCost + kPartialCost + 1;
+    unsigned splits[kLengths] = {};  // with a length of most, most - 1, ...
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
 #pragma unroll
-        for (unsigned less = 0; less <= kStartCost; ++less) splits[less] += ceil_div(taken(n), length(less));
+        for (unsigned less = 0; less < kLengths; ++less) splits[less] += ceil_div(taken(n), length(less));
     });
     block_sum<kWarps>(splits);
     unsigned found = 0;
 #pragma unroll
-    for (unsigned less = 0; less <= kStartCost; ++less)
+    for (unsigned less = 0; less < kLengths; ++less)
         if (splits[less] <= num_parts) found = length(less);
     return found;
 }
@@ -83,6 +84,18 @@ struct Layout {
     unsigned split;
     bool whole;
     Shares line;
+
+    // See _Line.
+    __device__ unsigned few_pages() const {
+        return min(kPartialCost, (max(line.length, kStartCost + 1) - kStartCost - 1) / 2);
+    }
+    // The page of a sequence on the line that a part begins at.
+    __device__ unsigned page_at(const Sequence& seq, unsigned part) const {
+        const unsigned begin = line.begin(part), before = min(begin - min(begin, seq.page_0), seq.pages);
+        const unsigned after = seq.pages - before;
+        const unsigned nearest = before <= after ? 0 : seq.pages;
+        return min(before, after) > few_pages() ? before : nearest;
+    }
 
     // Of parts with a split each, or of places on the line.
     __device__ unsigned extent(unsigned pages) const {
@@ -94,6 +107,11 @@ struct Layout {
         seq.page_0 = begin + kStartCost;
         seq.first_part = split > 0 ? begin : line.holder(whole ? begin + extent / 2 : seq.page_0);
         seq.last_part = split > 0 ? last : whole ? seq.first_part : line.holder(last);
+        const bool is_cut = split == 0 && seq.first_part < seq.last_part;
+        const unsigned second_page = page_at(seq, seq.first_part + 1);
+        const unsigned last_page = page_at(seq, seq.last_part);
+        seq.first_part += is_cut && second_page == 0;
+        seq.last_part -= is_cut && last_page == seq.pages;
     }
 };
 
@@ -106,13 +124,15 @@ __device__ inline unsigned count_before(const Sequence* sequences, unsigned coun
     return found;
 }
 
-// Whether no part gets more than its share and a start if no sequence is cut. `pages`: of the thread's first.
+// Whether no part costs more than the worst one where sequences are cut, if none is. `pages`: of the thread's
+// first.
 template <int kWarps>
 __device__ inline bool fits_whole(const PlanParams& params, unsigned pages, const Shares& line,
                                   Sequence* sequences) {
     constexpr unsigned kThreads = 32 * kWarps;
     const Layout layout{0, true, line};
-    const unsigned thread = threadIdx.x, batch = params.batch, most = line.longest() + kStartCost;
+    const unsigned thread = threadIdx.x, batch = params.batch;
+    const unsigned most = line.longest() + kStartCost + 2 * kPartialCost;
     unsigned extents[1] = {};
     unsigned last_part = ~0u, last_begin = 0;  // of the round before: its last part, and where that begins
     for (unsigned base = 0;;) {

@@ -37,9 +37,8 @@ __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* 
         page = 0;
         page_end = last.pages;
     } else {
-        const unsigned begin = layout.line.begin(part), end = layout.line.begin(part + 1);
-        page = begin - min(begin, first.page_0);
-        page_end = min(last.pages, end - min(end, last.page_0));
+        page = layout.page_at(first, part);
+        page_end = layout.page_at(last, part + 1);
     }
     row.first_seq = base + ended;
     row.first_page = page;
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const unsigned few_pages = sums[1] == 0 ? kWholePages : kFewPages;
     const unsigned least =
         params.few_rows ? max(min(few_pages, ceil_div(taken_pages, max(num_parts / 2, 1u))), 1u) : 1;
-    const unsigned most = max(least, line.longest());
+    const unsigned most = max(least, line.longest() + kPartialCost);
     const unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, most);
     const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
 

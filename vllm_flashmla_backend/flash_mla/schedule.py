@@ -34,6 +34,10 @@ TILE_ROWS = 64
 START_COST = 3
 """What starting a split costs, in pages: loading q, filling the pipeline, storing the result."""
 
+PARTIAL_COST = 3
+"""What a split costs beside where it is not the only one of its sequence, in pages: writing its partial
+result, and reading it for the merge."""
+
 FEW_ROWS = 32
 """Query rows that share a KV head: with up to so many a part is through with pages faster than memory gives
 them to all parts."""
@@ -144,21 +148,21 @@ def _share(total: int, ways: int, number: int) -> int:
     return number * (total // ways) + min(number, total % ways)
 
 
-def _a_split_a_part(pages: Sequence[int], parts: int, most: int, few_rows: bool) -> _Layout | None:
+def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
-    The length is the least with which the parts are enough; None if that is above `most`. The worst
-    part costs `length` pages and a start. `most` is a share of all pages and a start for each
-    sequence: with more sequences than parts no length will do, with fewer none below most - START_COST.
-    With few rows no length is less than a share for half of the parts, or FEW_PAGES if that is less, or
-    WHOLE_PAGES if no sequence has more; `most` gives way to it.
+    The length is the least with which the parts are enough. None if that is above a share of the line and
+    PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
+    to go on with a sequence and to leave another to go on with. With more sequences than parts no length will
+    do, with fewer none below share - START_COST. With few rows no length is less than a share for half of the
+    parts, or FEW_PAGES if that is less, or WHOLE_PAGES if no sequence has more; the limit gives way to it.
     """
     taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
     least = 1
     if few_rows:
         few_pages = WHOLE_PAGES if max(taken) <= WHOLE_PAGES else FEW_PAGES
         least = min(few_pages, ceil_div(sum(taken), max(1, parts // 2)))
-    for length in range(max(least, most - START_COST), max(least, most) + 1):
+    for length in range(max(least, share - START_COST), max(least, share + PARTIAL_COST) + 1):
         splits = [ceil_div(n, length) for n in taken]
         if sum(splits) <= parts:
             break
@@ -175,45 +179,58 @@ class _Line:
     """Sequences one after another, each START_COST places and its pages long, cut evenly into shares."""
 
     def __init__(self, pages: Sequence[int], parts: int) -> None:
+        self.pages = pages
         self.taken = [START_COST + max(1, n) for n in pages]
         self.end = list(accumulate(self.taken))
+        self.page_0 = [e - n + START_COST for e, n in zip(self.end, self.taken, strict=True)]
         self.begin_of_part = [_share(self.end[-1], parts, part) for part in range(parts + 1)]
         self.share = ceil_div(self.end[-1], parts)  # of the parts that have most
+        # So few that two shares' ends, moved towards each other by as many pages, do not meet.
+        self.few_pages = min(PARTIAL_COST, max(0, self.end[-1] // parts - START_COST - 1) // 2)
 
     def part_of(self, place: int) -> int:
         return bisect_right(self.begin_of_part, place) - 1
+
+    def page_at(self, seq: int, part: int) -> int:
+        """The page of `seq` that `part` begins at: not the first or last few ones, which cost less than a
+        partial result, but the sequence's begin or end."""
+        before = min(max(0, self.begin_of_part[part] - self.page_0[seq]), self.pages[seq])
+        after = self.pages[seq] - before
+        if min(before, after) > self.few_pages:
+            return before
+        return 0 if before <= after else self.pages[seq]
 
 
 def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
     """Nothing cut: each sequence on the part whose share of the line has its middle.
 
-    None where a part would cost more than the worst one of `_on_a_line`: its share and one more start. So it
-    is with no more sequences than parts, for `_a_split_a_part` has taken those that would fit. A part whose
-    share lies within a sequence may be idle.
+    None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
+    partial results. So it is with no more sequences than parts, for `_a_split_a_part` has taken those that
+    would fit. A part whose share lies within a sequence may be idle.
     """
     part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
     cost = [0] * len(line.begin_of_part)
     for p, n in zip(part, line.taken, strict=True):
         cost[p] += n
-    if max(cost) > line.share + START_COST:
+    if max(cost) > line.share + START_COST + 2 * PARTIAL_COST:
         return None
     return _Layout(part, part, lambda seq, p: 0 if p == part[seq] else pages[seq])
 
 
-def _on_a_line(line: _Line, pages: Sequence[int]) -> _Layout:
-    """Each part has its share of the line, wherever that begins.
+def _on_a_line(line: _Line) -> _Layout:
+    """Each part has its share of the line, wherever that begins, but for few pages of a sequence.
 
     The worst part costs its share of the line and a start that is not on it, where it goes on with
     a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
     `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
     every part has at least START_COST + 1 places, one of them a page.
     """
-    page_0 = [e - n + START_COST for e, n in zip(line.end, line.taken, strict=True)]
-
-    def page_at(seq: int, part: int) -> int:
-        return min(max(0, line.begin_of_part[part] - page_0[seq]), pages[seq])
-
-    return _Layout([line.part_of(p) for p in page_0], [line.part_of(e - 1) for e in line.end], page_at)
+    first_part, last_part = [], []
+    for seq, (page_0, end) in enumerate(zip(line.page_0, line.end, strict=True)):
+        first, last = line.part_of(page_0), line.part_of(end - 1)
+        first_part.append(first + (first < last and line.page_at(seq, first + 1) == 0))
+        last_part.append(last - (first < last and line.page_at(seq, last) == line.pages[seq]))
+    return _Layout(first_part, last_part, line.page_at)
 
 
 def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
@@ -281,7 +298,7 @@ def plan(
         layout = (
             _a_split_a_part(pages, parts, line.share, few_rows)
             or _whole_sequences(line, pages)
-            or _on_a_line(line, pages)
+            or _on_a_line(line)
         )
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
