@@ -36,7 +36,7 @@ from vllm_flashmla_backend.flash_mla import (
 from vllm_flashmla_backend.flash_mla.planning import num_parts
 from vllm_flashmla_backend.flash_mla.providers import DecodeArguments, empty_partials, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, WHOLE_PAGES, is_few
+from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, PARTIAL_COST, WHOLE_PAGES, is_few
 
 SHORT = (0, 1, 2, 5, 64, 67, 200)
 
@@ -169,16 +169,17 @@ def test_different_query_lengths_with_several_kv_heads(device):
 
 
 @pytest.mark.parametrize("h_q", [5, 16, 20, 44, 128])
-@pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 16, 33, 66])
+@pytest.mark.parametrize("splits", [2, 3, 7, 10, 11, 13, 14, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
     """Two, few and many are merged in different ways; the last page and the last 8 rows need not be full."""
     parts = num_parts(device, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")
-    pages = splits
     if is_few(h_q):  # sequences of WHOLE_PAGES would stay whole
-        pages *= FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
-    case = Case((pages * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
+        pages_of_each = FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
+    else:  # and those on which a merge would save nothing
+        pages_of_each = 1 if splits > PARTIAL_COST + 1 else PARTIAL_COST + 1
+    case = Case((splits * pages_of_each * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
     inputs = make_inputs(case, device)
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
     assert num_splits.diff().tolist() == [splits] * len(case.lengths)

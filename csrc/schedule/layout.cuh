@@ -58,6 +58,11 @@ __device__ inline unsigned taken(unsigned pages) {
     return max(pages, 1u);
 }
 
+// schedule.py's _num_splits.
+__device__ inline unsigned num_splits(unsigned pages, unsigned length) {
+    return pages <= kPartialCost + 1 ? 1 : ceil_div(pages, length);
+}
+
 // The least length of splits, from `least` to `most`, with which a split a part is enough; 0 where there is
 // none.
 template <int kWarps>
@@ -69,7 +74,7 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
     unsigned splits[kLengths] = {};  // with a length of most, most - 1, ...
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
 #pragma unroll
-        for (unsigned less = 0; less < kLengths; ++less) splits[less] += ceil_div(taken(n), length(less));
+        for (unsigned less = 0; less < kLengths; ++less) splits[less] += num_splits(n, length(less));
     });
     block_sum<kWarps>(splits);
     unsigned found = 0;
@@ -99,7 +104,7 @@ struct Layout {
 
     // Of parts with a split each, or of places on the line.
     __device__ unsigned extent(unsigned pages) const {
-        return split > 0 ? ceil_div(taken(pages), split) : kStartCost + taken(pages);
+        return split > 0 ? num_splits(pages, split) : kStartCost + taken(pages);
     }
 
     __device__ void place(Sequence& seq, unsigned begin, unsigned extent) const {

@@ -170,10 +170,9 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 
 // Merges the part's last sequence where others work on it, too, and it is no pair, which pairs.cuh merges.
 // The first one, where it is another, is left to the parts that end with that one.
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kFewSplits>
 __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer, MergeScratch& scratch) {
-    constexpr int kFewSplits = 7;
     Split split;
     split.seq = ptx::uniform(plan.last_seq);
     if (split.seq < max(plan.first_seq, 0) || split.seq >= params.batch) return;  // an idle part

@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            merge_splits<T, 4>(params, shared.plan, shared.phases, tile, consumer,
-                               shared.merge_scratch(consumer));
+            constexpr int kFewSplits = 13;  // measured: merge_wide is faster up to there
+            merge_splits<T, 4, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
+                                           shared.merge_scratch(consumer));
         }
     };
     run_block<Storage, ConsumerState, kMode>(params, maps, init_barriers, consume_split, merge);
