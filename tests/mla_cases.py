@@ -8,12 +8,19 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_decode_varlen, get_mla_metadata
+from vllm_flashmla_backend.flash_mla import (
+    flash_mla_decode,
+    flash_mla_decode_varlen,
+    get_mla_metadata,
+    schedule,
+)
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
 SCALE = 576**-0.5
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)  # lengths around pages' ends, of several splits, and none
+PAIRS = (((600, 600), 4, False), ((1400,) * 3, 2, True))
+"""Sequences cut in two: lengths, parts, and whether the part with the second split goes on with another."""
 WILD_PAGES = (-1, 2147480000)  # what stands in the table past a sequence's end
 SPARE_PAGES = 3  # pages of the cache that no sequence refers to
 
@@ -97,9 +104,15 @@ def nan_results(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.T
     return out[:, :, extra:], lse
 
 
-def run(case: Case, inputs: Inputs, batch_invariant: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plan, then decode into results that were NaN before."""
-    plan = plan_for(case, inputs, batch_invariant)
+def run(
+    case: Case, inputs: Inputs, batch_invariant: bool = False, parts: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plan, for all parts or for the first few, then decode into results that were NaN before."""
+    metadata, num_splits = plan_for(case, inputs, batch_invariant)
+    if parts is not None:
+        metadata.zero_()[:, schedule.Field.FIRST_SEQ] = len(case.lengths)  # idle
+        planned, counted = schedule.plan(case.lengths, parts)
+        metadata[:parts], num_splits[:] = planned, counted
     out, lse = nan_results(case, inputs.q_nope.device)
     return flash_mla_decode(
         inputs.q_nope,
@@ -107,7 +120,8 @@ def run(case: Case, inputs: Inputs, batch_invariant: bool = False) -> tuple[torc
         inputs.k_cache,
         inputs.block_table,
         inputs.cache_seqlens,
-        *plan,
+        metadata,
+        num_splits,
         SCALE,
         case.causal,
         out,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from mla_cases import Case, assert_agree, expected, make_inputs, run, run_ragged
+from mla_cases import PAIRS, Case, assert_agree, expected, make_inputs, run, run_ragged
 
 CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
@@ -12,8 +14,7 @@ CASES = [
     Case((300, 70), s_q=2, h_q=12, h_kv=3, causal=True, strided=True),
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
-    *(Case((128,) * 66, h_q=h_q) for h_q in (16, 64)),  # two splits each, whose blocks end with the sequence
-    *(Case((384,) * 140 + (2560,), h_q=h_q) for h_q in (16, 64)),  # two splits, and the second one's goes on
+    *(Case((576,), h_q=h_q) for h_q in (16, 64)),  # few splits
     Case((4000,), h_q=32),
     Case((10,) * 300, h_q=16),  # one query right behind the other
     Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for
@@ -30,6 +31,11 @@ if __name__ == "__main__":
         inputs = make_inputs(case, torch.device("cuda", 0))
         assert_agree(run(case, inputs), expected(case, inputs))
         print(case, flush=True)
+    for (lengths, parts, _), h_q in itertools.product(PAIRS, (16, 64)):
+        case = Case(lengths, h_q=h_q)
+        inputs = make_inputs(case, torch.device("cuda", 0))
+        assert_agree(run(case, inputs, parts=parts), expected(case, inputs))
+        print(parts, "parts", case, flush=True)
     for case in BATCH_INVARIANT:
         inputs = make_inputs(case, torch.device("cuda", 0))
         assert_agree(run(case, inputs, batch_invariant=True), expected(case, inputs))

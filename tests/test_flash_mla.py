@@ -16,6 +16,7 @@ import pytest
 import torch
 from mla_cases import (
     MIXED,
+    PAIRS,
     SCALE,
     Case,
     assert_agree,
@@ -192,12 +193,22 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
     parts = num_parts(device, h_q, 1)
     case = Case((parts * PAGE_SIZE - 5,), h_q=h_q)
     inputs = make_inputs(case, device)
-    metadata, num_splits = schedule.plan(case.lengths, parts)
-    assert num_splits.tolist() == [0, parts]
-    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-    buffers = nan_results(case, device)
-    got = flash_mla_decode(*tensors, metadata.to(device), num_splits.to(device), SCALE, case.causal, *buffers)
-    assert_agree(got, expected(case, inputs))
+    assert schedule.plan(case.lengths, parts)[1].tolist() == [0, parts]
+    assert_agree(run(case, inputs, parts=parts), expected(case, inputs))
+
+
+@pytest.mark.parametrize("h_q", [5, 16, 20, 32, 64, 128])
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_two_splits_are_merged_whether_or_not_the_second_ones_part_goes_on(case, h_q, device):
+    """Of a part that goes on with another sequence, the other one adds the result to its own."""
+    lengths, parts, goes_on = case
+    splits = schedule.splits_of(schedule.plan(lengths, parts)[0], lengths)
+    last_seq = {split.part: split.seq for split in splits}  # of each part
+    assert {last_seq[one.part] != one.seq for one in splits if one.split == 1} == {goes_on}
+    assert max(split.splits for split in splits) == 2
+    case = Case(lengths, h_q=h_q)
+    inputs = make_inputs(case, device)
+    assert_agree(run(case, inputs, parts=parts), expected(case, inputs))
 
 
 @pytest.mark.parametrize("b, s_q, h_q", [(1, 1, 128), (128, 1, 20), (300, 4, 20), (2, 3, 5)])

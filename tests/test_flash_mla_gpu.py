@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,8 @@ from vllm_flashmla_backend.flash_mla import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
+from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE
-from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, splits_of
 
 pytestmark = pytest.mark.gpu
 
@@ -124,19 +122,6 @@ def test_repeated_calls_are_equal_bit_for_bit(case):
         again = run(case, inputs)
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
-
-
-@pytest.mark.parametrize("h_q", [5, 16, 20, 32, 64, 128])
-@pytest.mark.parametrize("pages, a_part, goes_on", [(20, 0.5, False), (25, 1.5, True)])
-def test_two_splits_are_merged_whether_or_not_the_second_ones_part_goes_on(pages, a_part, goes_on, h_q):
-    """Of a part that goes on with another sequence, the other one adds the result to its own."""
-    gpu = torch.device("cuda", 0)
-    case = Case((pages * PAGE_SIZE - 1,) * int(a_part * num_parts(gpu, h_q, 1)), h_q=h_q)
-    splits = splits_of(get_mla_metadata(make_inputs(case, gpu).cache_seqlens, h_q, 1)[0].cpu(), case.lengths)
-    going_on = {one.seq for one, other in pairwise(splits) if one.part == other.part}
-    assert any(one.splits == 2 and (one.seq in going_on) == goes_on for one in splits if one.split == 1)
-    inputs = make_inputs(case, gpu)
-    assert_agree(run(case, inputs), expected(case, inputs))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
