@@ -99,7 +99,8 @@ def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts):
     """A split a part costs a partial result less than going on with a sequence and leaving another."""
     cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts)]
     fair, least = fair_share(lengths, parts), least_split_length(lengths, parts)
-    worst = max(least, PARTIAL_COST + 1) if least <= fair + PARTIAL_COST else fair + 2 * PARTIAL_COST
+    partial_results = (least > fair) + (least > fair + PARTIAL_COST)
+    worst = fair + partial_results * PARTIAL_COST if partial_results else max(least, PARTIAL_COST + 1)
     assert max(cost) <= worst + START_COST
 
 

@@ -63,24 +63,27 @@ __device__ inline unsigned num_splits(unsigned pages, unsigned length) {
     return pages <= kPartialCost + 1 ? 1 : ceil_div(pages, length);
 }
 
-// The least length of splits, from `least` to `most`, with which a split a part is enough; 0 where there is
-// none.
+// The least length of splits, of those that schedule.py's _a_split_a_part tries, with which a split a part is
+// enough; 0 where there is none. `share`: of the line.
 template <int kWarps>
 __device__ inline unsigned split_length(const PlanParams& params, unsigned pages, unsigned least,
-                                        unsigned most) {
+                                        unsigned share) {
     const unsigned num_parts = params.num_parts;
-    const auto length = [=](unsigned less) { return most > least + less ? most - less : least; };
-    constexpr unsigned kLengths = kStartCost + kPartialCost + 1;
-    unsigned splits[kLengths] = {};  // with a length of most, most - 1, ...
+    const auto length = [=](unsigned i) {  // the longest first
+        const unsigned less = i == 0 ? 0 : kPartialCost + i - 1, most = share + kPartialCost;
+        return most > least + less ? most - less : least;
+    };
+    constexpr unsigned kLengths = kStartCost + 2;
+    unsigned splits[kLengths] = {};
     for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
 #pragma unroll
-        for (unsigned less = 0; less < kLengths; ++less) splits[less] += num_splits(n, length(less));
+        for (unsigned i = 0; i < kLengths; ++i) splits[i] += num_splits(n, length(i));
     });
     block_sum<kWarps>(splits);
     unsigned found = 0;
 #pragma unroll
-    for (unsigned less = 0; less < kLengths; ++less)
-        if (splits[less] <= num_parts) found = length(less);
+    for (unsigned i = 0; i < kLengths; ++i)
+        if (splits[i] <= num_parts) found = length(i);
     return found;
 }
 
@@ -112,11 +115,12 @@ struct Layout {
         seq.page_0 = begin + kStartCost;
         seq.first_part = split > 0 ? begin : line.holder(whole ? begin + extent / 2 : seq.page_0);
         seq.last_part = split > 0 ? last : whole ? seq.first_part : line.holder(last);
-        const bool is_cut = split == 0 && seq.first_part < seq.last_part;
-        const unsigned second_page = page_at(seq, seq.first_part + 1);
-        const unsigned last_page = page_at(seq, seq.last_part);
-        seq.first_part += is_cut && second_page == 0;
-        seq.last_part -= is_cut && last_page == seq.pages;
+        if (split == 0 && seq.first_part < seq.last_part) {
+            const unsigned second_page = page_at(seq, seq.first_part + 1);
+            const unsigned last_page = page_at(seq, seq.last_part);
+            seq.first_part += second_page == 0;
+            seq.last_part -= last_page == seq.pages;
+        }
     }
 };
 

@@ -156,19 +156,20 @@ def _num_splits(pages: int, length: int) -> int:
 def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
-    The length is the least with which the parts are enough. None if that is above a share of the line and
+    The length is the least with which the parts are enough, of those up to a share of the line, or that and
     PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
-    to go on with a sequence and to leave another to go on with. With more sequences than parts no length will
-    do, with fewer none below share - START_COST is better. With few rows no length is less than a share for
-    half of the parts, or FEW_PAGES if that is less, or WHOLE_PAGES if no sequence has more; the limit gives
-    way to it.
+    to go on with a sequence and to leave another to go on with. None if that is not enough. With more
+    sequences than parts no length will do, with fewer none below share - START_COST is better. With few rows
+    no length is less than a share for half of the parts, or FEW_PAGES if that is less, or WHOLE_PAGES if no
+    sequence has more.
     """
     least = 1
     if few_rows:
         taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
         few_pages = WHOLE_PAGES if max(taken) <= WHOLE_PAGES else FEW_PAGES
         least = min(few_pages, ceil_div(sum(taken), max(1, parts // 2)))
-    for length in range(max(least, share - START_COST), max(least, share + PARTIAL_COST) + 1):
+    for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
+        length = max(least, length)
         splits = [_num_splits(n, length) for n in pages]
         if sum(splits) <= parts:
             break
