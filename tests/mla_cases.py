@@ -19,8 +19,14 @@ from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
 SCALE = 576**-0.5
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)  # lengths around pages' ends, of several splits, and none
-PAIRS = (((600, 600), 4, False), ((1400,) * 3, 2, True))
-"""Sequences cut in two: lengths, parts, and whether the part with the second split goes on with another."""
+CUT = (
+    ((600, 600), 4, 2, False),
+    ((1400,) * 3, 2, 2, True),
+    ((1400,) * 4, 3, 2, True),  # and a part goes on with a sequence that it leaves to another one
+    ((4400, 1000, 1000, 1000), 4, 3, True),
+    ((10_600, *[64] * 17), 16, 12, True),
+)
+"""Lengths, parts, splits of the first sequence that is cut, whether its last part goes on with another."""
 WILD_PAGES = (-1, 2147480000)  # what stands in the table past a sequence's end
 SPARE_PAGES = 3  # pages of the cache that no sequence refers to
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from mla_cases import (
+    CUT,
     MIXED,
-    PAIRS,
     SCALE,
     Case,
     assert_agree,
@@ -198,14 +198,14 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
 
 
 @pytest.mark.parametrize("h_q", [5, 16, 20, 32, 64, 128])
-@pytest.mark.parametrize("case", PAIRS, ids=str)
-def test_two_splits_are_merged_whether_or_not_the_second_ones_part_goes_on(case, h_q, device):
-    """Of a part that goes on with another sequence, the other one adds the result to its own."""
-    lengths, parts, goes_on = case
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_splits_are_merged_whether_or_not_the_last_ones_part_goes_on(case, h_q, device):
+    """A part that goes on with another sequence leaves the merge to those that end with it."""
+    lengths, parts, count, goes_on = case
     splits = schedule.splits_of(schedule.plan(lengths, parts)[0], lengths)
     last_seq = {split.part: split.seq for split in splits}  # of each part
-    assert {last_seq[one.part] != one.seq for one in splits if one.split == 1} == {goes_on}
-    assert max(split.splits for split in splits) == 2
+    last = next(one for one in splits if one.splits > 1 and one.split == one.splits - 1)
+    assert last.splits == count and (last_seq[last.part] != last.seq) == goes_on
     case = Case(lengths, h_q=h_q)
     inputs = make_inputs(case, device)
     assert_agree(run(case, inputs, parts=parts), expected(case, inputs))

@@ -176,6 +176,8 @@ def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_short_sp
         assert all(map(torch.equal, many, few))
         return
     assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
+    longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
+    assert longest <= max(least, PARTIAL_COST + 1)
 
 
 def test_planner_and_kernels_agree_on_what_is_few():
@@ -213,6 +215,11 @@ def test_equal_sequences_are_cut_alike():
 def test_more_equal_sequences_than_parts_stay_whole():
     """256 sequences of 16 pages on 132 parts: one or two a part, where cuts would save one page of 38."""
     assert {tuple(part) for part in shares([16 * PAGE_SIZE] * 256, 132)} == {(16,), (16, 16)}
+
+
+def test_fewer_sequences_than_parts_stay_whole_where_cuts_would_save_too_little():
+    """88 sequences of 24 pages on 132 parts: 24 pages a part, where even shares have 18 and two partials."""
+    assert not is_cut([24 * PAGE_SIZE] * 88, 132)
 
 
 def test_a_single_short_sequence_has_a_part_for_each_page():
@@ -337,6 +344,12 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
 def test_planner_kernel_writes_the_row_of_a_part_that_is_idle_between_its_rounds(lengths):
     """The 512th sequence ends in a part's share and the next one's middle lies behind that share."""
     assert_kernel_plans_the_same(lengths, 132, 128, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch, pages, parts", [(88, 24, 132), (44, 24, 66), (17, 12, 33)])
+def test_planner_kernel_leaves_fewer_sequences_than_parts_whole(batch, pages, parts):
+    assert_kernel_plans_the_same([pages * PAGE_SIZE] * batch, parts, 128, 0)
 
 
 @pytest.mark.gpu

@@ -69,7 +69,7 @@ template <int kWarps>
 __device__ inline unsigned split_length(const PlanParams& params, unsigned pages, unsigned least,
                                         unsigned share) {
     const unsigned num_parts = params.num_parts;
-    const auto length = [=](unsigned i) {  // the longest first
+    const auto length = [=](unsigned i) {  // share + kPartialCost, share, share - 1, ..., none below `least`
         const unsigned less = i == 0 ? 0 : kPartialCost + i - 1, most = share + kPartialCost;
         return most > least + less ? most - less : least;
     };

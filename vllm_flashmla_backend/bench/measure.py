@@ -60,7 +60,6 @@ class Timer:
         """Fill in the times of all `calls`."""
         for turn in range(1 + self._repeat):
             ends = [self._replay(call, read_clock=self._monitor.quick or turn == 1) for call in calls]
-            torch.cuda.synchronize()
             if turn > 0:
                 for call, (start, end) in zip(calls, ends, strict=True):
                     call.us.append(start.elapsed_time(end) * 1e3)
@@ -68,12 +67,12 @@ class Timer:
     def _replay(self, call: Timed, read_clock: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # While the GPU waits, the host, which is late at times, queues what follows: its time is not counted.
-        # And no call has the next one's flush right behind it, which costs all of a turn but the last 0.4 µs.
         torch.cuda._sleep(AHEAD_CYCLES)
         self._flush.fill_(1)
         start.record()
         call.graph.replay()
         end.record()
+        end.synchronize()  # the clock is still that of the call, and no other's flush stands right behind it
         if read_clock and (mhz := self._monitor.sm_mhz()) is not None:
             call.mhz.append(mhz)
         return start, end

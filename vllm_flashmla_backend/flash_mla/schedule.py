@@ -192,7 +192,7 @@ class _Line:
         self.page_0 = [e - n + START_COST for e, n in zip(self.end, self.taken, strict=True)]
         self.begin_of_part = [_share(self.end[-1], parts, part) for part in range(parts + 1)]
         self.share = ceil_div(self.end[-1], parts)  # of the parts that have most
-        # So few that two shares' ends, moved towards each other by as many pages, do not meet.
+        # So few that a share whose ends are moved towards each other by as many still has a start and a page.
         self.few_pages = min(PARTIAL_COST, max(0, self.end[-1] // parts - START_COST - 1) // 2)
 
     def part_of(self, place: int) -> int:
@@ -212,8 +212,7 @@ def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
     """Nothing cut: each sequence on the part whose share of the line has its middle.
 
     None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
-    partial results. So it is with no more sequences than parts, for `_a_split_a_part` has taken those that
-    would fit. A part whose share lies within a sequence may be idle.
+    partial results. A part whose share lies within a sequence may be idle.
     """
     part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
     cost = [0] * len(line.begin_of_part)
@@ -227,10 +226,11 @@ def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
 def _on_a_line(line: _Line) -> _Layout:
     """Each part has its share of the line, wherever that begins, but for few pages of a sequence.
 
-    The worst part costs its share of the line and a start that is not on it, where it goes on with
-    a sequence. No part is idle: a share t of START_COST + 1 places or less is enough for
-    `_a_split_a_part`, as sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here
-    every part has at least START_COST + 1 places, one of them a page.
+    The worst part costs its share of the line, `few_pages` at either end, a start that is not on the line,
+    where it goes on with a sequence, and two partial results. No part is idle: a share t of START_COST + 1
+    places or less is enough for `_a_split_a_part`, as
+    sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here every part has at least
+    START_COST + 1 places, one of them a page.
     """
     first_part, last_part = [], []
     for seq, (page_0, end) in enumerate(zip(line.page_0, line.end, strict=True)):
