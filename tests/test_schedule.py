@@ -217,11 +217,6 @@ def test_more_equal_sequences_than_parts_stay_whole():
     assert {tuple(part) for part in shares([16 * PAGE_SIZE] * 256, 132)} == {(16,), (16, 16)}
 
 
-def test_fewer_sequences_than_parts_stay_whole_where_cuts_would_save_too_little():
-    """88 sequences of 24 pages on 132 parts: 24 pages a part, where even shares have 18 and two partials."""
-    assert not is_cut([24 * PAGE_SIZE] * 88, 132)
-
-
 def test_a_single_short_sequence_has_a_part_for_each_page():
     assert shares([128 * PAGE_SIZE], 132) == [[1]] * 128 + [[]] * 4
 
@@ -348,7 +343,8 @@ def test_planner_kernel_writes_the_row_of_a_part_that_is_idle_between_its_rounds
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch, pages, parts", [(88, 24, 132), (44, 24, 66), (17, 12, 33)])
-def test_planner_kernel_leaves_fewer_sequences_than_parts_whole(batch, pages, parts):
+def test_planner_kernel_cuts_fewer_sequences_than_parts_that_would_fit_whole(batch, pages, parts):
+    """As the specification does."""
     assert_kernel_plans_the_same([pages * PAGE_SIZE] * batch, parts, 128, 0)
 
 

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const unsigned least =
         params.few_rows ? max(min(few_pages, ceil_div(taken_pages, max(num_parts / 2, 1u))), 1u) : 1;
     const unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest());
-    const Layout layout{split, split == 0 && fits_whole<kWarps>(params, pages, line, sequences), line};
+    const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;

@@ -212,8 +212,11 @@ def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
     """Nothing cut: each sequence on the part whose share of the line has its middle.
 
     None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
-    partial results. A part whose share lies within a sequence may be idle.
+    partial results. A part whose share lies within a sequence may be idle. None, too, with no more sequences
+    than parts: few of these are left by `_a_split_a_part`, and looking for them costs the GPU's planner time.
     """
+    if len(pages) < len(line.begin_of_part):
+        return None
     part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
     cost = [0] * len(line.begin_of_part)
     for p, n in zip(part, line.taken, strict=True):
