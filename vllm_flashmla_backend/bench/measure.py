@@ -59,12 +59,12 @@ class Timer:
     def take_turns(self, calls: Sequence[Timed]) -> None:
         """Fill in the times of all `calls`."""
         for turn in range(1 + self._repeat):
-            ends = [self._replay(call, read_clock=self._monitor.quick or turn == 1) for call in calls]
-            if turn > 0:
-                for call, (start, end) in zip(calls, ends, strict=True):
-                    call.us.append(start.elapsed_time(end) * 1e3)
+            for call in calls:
+                us = self._replay(call, read_clock=self._monitor.quick or turn == 1)
+                if turn > 0:
+                    call.us.append(us)
 
-    def _replay(self, call: Timed, read_clock: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _replay(self, call: Timed, read_clock: bool) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # While the GPU waits, the host, which is late at times, queues what follows: its time is not counted.
         torch.cuda._sleep(AHEAD_CYCLES)
@@ -72,10 +72,11 @@ class Timer:
         start.record()
         call.graph.replay()
         end.record()
-        end.synchronize()  # the clock is still that of the call, and no other's flush stands right behind it
-        if read_clock and (mhz := self._monitor.sm_mhz()) is not None:
+        start.synchronize()
+        if read_clock and (mhz := self._monitor.sm_mhz()) is not None:  # while the call runs, if it is long
             call.mhz.append(mhz)
-        return start, end
+        end.synchronize()  # no other's flush stands right behind the call
+        return start.elapsed_time(end) * 1e3
 
 
 def measure_case(
