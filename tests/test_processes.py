@@ -13,8 +13,9 @@ import pytest
 from vllm_flashmla_backend.processes import ended_by_signals
 
 PROGRAM = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from vllm_flashmla_backend.processes import ended_by_signals, stop_group
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
 with ended_by_signals():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
