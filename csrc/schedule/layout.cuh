@@ -93,8 +93,8 @@ struct Layout {
     bool whole;
     Shares line;
 
-    // See _Line.
-    __device__ unsigned few_pages() const {
+    // How many pages a cut on the line may be moved by: _Line's.
+    __device__ unsigned reach() const {
         return min(kPartialCost, (max(line.length, kStartCost + 1) - kStartCost - 1) / 2);
     }
     // The page of a sequence on the line that a part begins at.
@@ -102,7 +102,7 @@ struct Layout {
         const unsigned begin = line.begin(part), before = min(begin - min(begin, seq.page_0), seq.pages);
         const unsigned after = seq.pages - before;
         const unsigned nearest = before <= after ? 0 : seq.pages;
-        return min(before, after) > few_pages() ? before : nearest;
+        return min(before, after) > reach() ? before : nearest;
     }
 
     // Of parts with a split each, or of places on the line.

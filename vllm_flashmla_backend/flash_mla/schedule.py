@@ -186,14 +186,14 @@ class _Line:
     """Sequences one after another, each START_COST places and its pages long, cut evenly into shares."""
 
     def __init__(self, pages: Sequence[int], parts: int) -> None:
-        self.pages = pages
+        self.pages, self.parts = pages, parts
         self.taken = [START_COST + max(1, n) for n in pages]
         self.end = list(accumulate(self.taken))
         self.page_0 = [e - n + START_COST for e, n in zip(self.end, self.taken, strict=True)]
         self.begin_of_part = [_share(self.end[-1], parts, part) for part in range(parts + 1)]
         self.share = ceil_div(self.end[-1], parts)  # of the parts that have most
-        # So few that a share whose ends are moved towards each other by as many still has a start and a page.
-        self.few_pages = min(PARTIAL_COST, max(0, self.end[-1] // parts - START_COST - 1) // 2)
+        # Pages that a cut may be moved by: a share that loses as many at both ends keeps a start and a page.
+        self.reach = min(PARTIAL_COST, max(0, self.end[-1] // parts - START_COST - 1) // 2)
 
     def part_of(self, place: int) -> int:
         return bisect_right(self.begin_of_part, place) - 1
@@ -203,33 +203,33 @@ class _Line:
         partial result, but the sequence's begin or end."""
         before = min(max(0, self.begin_of_part[part] - self.page_0[seq]), self.pages[seq])
         after = self.pages[seq] - before
-        if min(before, after) > self.few_pages:
+        if min(before, after) > self.reach:
             return before
         return 0 if before <= after else self.pages[seq]
 
 
-def _whole_sequences(line: _Line, pages: Sequence[int]) -> _Layout | None:
+def _whole_sequences(line: _Line) -> _Layout | None:
     """Nothing cut: each sequence on the part whose share of the line has its middle.
 
     None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
     partial results. A part whose share lies within a sequence may be idle. None, too, with no more sequences
     than parts: few of these are left by `_a_split_a_part`, and looking for them costs the GPU's planner time.
     """
-    if len(pages) < len(line.begin_of_part):
+    if len(line.pages) <= line.parts:
         return None
     part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
-    cost = [0] * len(line.begin_of_part)
+    cost = [0] * line.parts
     for p, n in zip(part, line.taken, strict=True):
         cost[p] += n
     if max(cost) > line.share + START_COST + 2 * PARTIAL_COST:
         return None
-    return _Layout(part, part, lambda seq, p: 0 if p == part[seq] else pages[seq])
+    return _Layout(part, part, lambda seq, p: 0 if p == part[seq] else line.pages[seq])
 
 
 def _on_a_line(line: _Line) -> _Layout:
     """Each part has its share of the line, wherever that begins, but for few pages of a sequence.
 
-    The worst part costs its share of the line, `few_pages` at either end, a start that is not on the line,
+    The worst part costs its share of the line, `reach` pages at either end, a start that is not on the line,
     where it goes on with a sequence, and two partial results. No part is idle: a share t of START_COST + 1
     places or less is enough for `_a_split_a_part`, as
     sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here every part has at least
@@ -306,9 +306,7 @@ def plan(
     else:
         line = _Line(pages, parts)
         layout = (
-            _a_split_a_part(pages, parts, line.share, few_rows)
-            or _whole_sequences(line, pages)
-            or _on_a_line(line)
+            _a_split_a_part(pages, parts, line.share, few_rows) or _whole_sequences(line) or _on_a_line(line)
         )
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
