@@ -245,7 +245,7 @@ def test_run_that_is_cut_off_leaves_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(measure, "plan_launches", lambda *_: [])
     monkeypatch.setattr(measure, "measure_case", measure_case)
-    options = argparse.Namespace(rows="quick", peers="", repeat=1, out=tmp_path, build_limit=1.0)
+    options = argparse.Namespace(rows="quick", case=None, peers="", repeat=1, out=tmp_path, build_limit=1.0)
     with pytest.raises(KeyboardInterrupt):
         bench.measure_all(options, [])
     (path,) = tmp_path.iterdir()
@@ -306,12 +306,41 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
         (["--peers", "fa3,fastest"], "--peers has fastest"),
         (["--repeat", "0"], "--repeat is 0"),
         (["--build-limit", "0"], "--build-limit is 0, expected at least 1"),
+        (["--serve", "--rows", "all"], "--rows: not for `bench --serve`"),
+        (["--tails", "--no-plots", "--batches", "1"], "--no-plots, --batches: not for `bench --tails`"),
+        (["--row-seconds", "3"], "--row-seconds: not for `bench`"),
+        (["--plot", "r.json", "--repeat", "3"], "--repeat: not for `bench --plot`"),
+        (["--serve", "--plot", "r.json", "--heads", "16"], "--heads: not for `bench --serve --plot`"),
         (["--plot", "/nowhere/r.json"], "/nowhere/r.json: No such file or directory; expected a results"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         main(["bench", *options])
+
+
+@pytest.mark.parametrize("case", cases.ROWS["all"], ids=str)
+def test_a_case_is_parsed_from_its_words(case):
+    assert Case.parse(str(case)) == case
+    assert Case.parse(str(case).replace(" s_q=1", " ")) == case
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("b=32 h=16", "'b=32 h=16', expected a case as in 'b=32 s_k=4096 h=16'"),
+        ("b=32 s_k=4096 h=16 random", "lengths are fixed, normal, one long"),
+        ("b=0 s_k=4096 h=16", "expected b and s_q from 1"),
+        ("b=1 s_q=9 s_k=8 h=16", "s_k from s_q"),
+        ("b=1 s_k=8 h=129", "h from 1 to 128"),
+    ],
+)
+def test_wrong_case_says_what_is_expected(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--case", words])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"argument --case: {words!r}, expected" in said
+    assert message in said
 
 
 def test_inputs_are_those_of_the_reference():
@@ -357,10 +386,14 @@ def test_build_past_its_limit_is_ended_with_all_it_started(tmp_path):
 
 
 @pytest.mark.gpu
-def test_one_small_case_is_measured_and_ours_is_right(tmp_path, monkeypatch):
-    monkeypatch.setitem(cases.ROWS, "quick", (Case(4, 1, 300, 16, "normal"),))
+def test_one_small_case_is_measured_and_ours_is_right(tmp_path):
     options = argparse.Namespace(
-        rows="quick", peers="flashmla,fa3", repeat=3, out=tmp_path, commit="0" * 40, build_limit=1.0
+        case=[Case(4, 1, 300, 16, "normal")],
+        peers="flashmla,fa3",
+        repeat=3,
+        out=tmp_path,
+        commit="0" * 40,
+        build_limit=1.0,
     )
     path = bench.measure_all(options, ["flashmla", "fa3"])
     made = report.read(path)

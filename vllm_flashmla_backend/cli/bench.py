@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from ..bench.cases import ROWS
+from ..bench.cases import ROWS, Case
 from . import bench_serve, bench_tails
 from .environment import device
 from .results import describe_run, require, require_out, require_rows, show_tables, unused_path
@@ -21,9 +21,32 @@ HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Trit
 
 PEERS = ("flashmla", "fa3", "flashinfer", "triton")
 
+_OF_ALL = {"out", "commit", "plot"}
+OPTIONS = {
+    "bench": _OF_ALL | {"rows", "case", "peers", "repeat", "plots", "build_limit"},
+    "bench --serve": _OF_ALL
+    | {"serve", "plots", "backends", "heads", "batches", "contexts", "layers", "rounds", "steps"}
+    | {"row_seconds", "model"},
+    "bench --tails": _OF_ALL
+    | {"tails", "repeat", "heads", "layers", "model", "cached", "lengths", "markdown"},
+}
+"""The options that each benchmark has."""
+SHOWING = {"plot", "plots", "markdown", "serve", "tails"}
+"""Of these, the ones that go with `--plot`, which measures nothing."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
+    which.add_argument(
+        "--case",
+        type=_case,
+        action="append",
+        metavar="'b=32 s_k=4096 h=16'",
+        help="a case of your own instead, in the table's words: sequences, cached tokens of each, query "
+        "heads; `s_q=2` behind b for two query tokens, `normal` or `one long` at the end for lengths that "
+        "differ, then `float16`; may be given several times",
+    )
     parser.add_argument(
         "--peers",
         default=",".join(PEERS),
@@ -72,10 +95,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_tails.add_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and show; 0 if every result of ours was right, whatever its speed."""
+def _case(text: str) -> Case:
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def require_own_options(args: argparse.Namespace) -> None:
+    """SystemExit where an option is given that this benchmark does not have, and would go unheeded."""
     if args.serve and args.tails:
         raise SystemExit("--serve and --tails are two benchmarks: expected one of them")
+    command = "bench --serve" if args.serve else "bench --tails" if args.tails else "bench"
+    own = OPTIONS[command]
+    if args.plot:
+        command, own = f"{command} --plot", own & SHOWING
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    given = [name for name, default in defaults.items() if getattr(args, name) != default]
+    if others := [name for name in given if name not in own]:
+        names = ", ".join("--no-plots" if n == "plots" else f"--{n.replace('_', '-')}" for n in others)
+        raise SystemExit(f"{names}: not for `{command}`; `vllm-flashmla bench --help` says what is")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and show; 0 if every result of ours was right, whatever its speed."""
+    require_own_options(args)
     if args.serve:
         return bench_serve.run(args)
     if args.tails:
@@ -125,7 +171,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
         "failures": [],
     }
     path = unused_path(args.out, results["gpu"], results["date"])
-    chosen = ROWS[args.rows]
+    chosen = args.case or ROWS[args.rows]
     with Progress(console=Console(stderr=True)) as progress:
         for case in progress.track(chosen, description=f"{len(chosen)} cases"):
             rows, failures = measure.measure_case(case, loaded, timer, device())

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len
-    num_parts = args.parts or schedule.num_parts(num_sms(), rows, 1)
+    sms = num_sms()
+    num_parts = args.parts or schedule.num_parts(sms, rows, 1)
     level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
     metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
@@ -69,6 +70,12 @@ def run(args: argparse.Namespace) -> int:
         for line in lines(work):
             console.print(line, soft_wrap=True)
         print(LEGEND)
+    if not args.parts:
+        blocks = schedule.ceil_div(rows, schedule.TILE_ROWS)
+        print(
+            f"{count(num_parts, 'part')} for {sms} SMs: {count(rows, 'query row')} in blocks of up to "
+            f"{schedule.TILE_ROWS} rows, so {count(blocks, 'SM')} to a part"
+        )
     print(summary(work, lengths))
     return 0
 
