@@ -58,6 +58,8 @@ __device__ inline void store_rows(const DecodeParams& params, const RowTile& til
     sync_warpgroup(consumer);
     copy_rows<T>(params, tile, split, v_tiles, consumer * kColumnsHalfV);
     ptx::fence_async_proxy();  // these reads come before the copy engine's next writes
+    // And before this warpgroup's: the loader sees to it, in two steps, which racecheck does not follow.
+    sync_warpgroup(consumer);
 }
 
 // Rows of a sequence without keys.
