@@ -64,27 +64,29 @@ __device__ inline unsigned num_splits(unsigned pages, unsigned length) {
 }
 
 // The least length of splits, of those that schedule.py's _a_split_a_part tries, with which a split a part is
-// enough; 0 where there is none. `share`: of the line.
+// enough; 0 where there is none. `share`: of the line. A block of several warps tries all at once, as their
+// sums take long; one warp tries one after another, as code that need not be fetched saves more.
 template <int kWarps>
 __device__ inline unsigned split_length(const PlanParams& params, unsigned pages, unsigned least,
                                         unsigned share) {
-    const unsigned num_parts = params.num_parts;
-    const auto length = [=](unsigned i) {  // share + kPartialCost, share, share - 1, ..., none below `least`
-        const unsigned less = i == 0 ? 0 : kPartialCost + i - 1, most = share + kPartialCost;
-        return most > least + less ? most - less : least;
-    };
-    constexpr unsigned kLengths = kStartCost + 2;
-    unsigned splits[kLengths] = {};
-    for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
+    constexpr unsigned kLengths = kStartCost + 2, kAtOnce = kWarps == 1 ? 1 : kLengths;
+    const auto length =
+        [=](unsigned i) {  // share - kStartCost, ..., share, share + kPartialCost, from `least` on
+            return max(least, i <= kStartCost ? share - min(share, kStartCost - i) : share + kPartialCost);
+        };
+#pragma unroll 1
+    for (unsigned first = 0; first < kLengths; first += kAtOnce) {
+        unsigned splits[kAtOnce] = {};
+        for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
 #pragma unroll
-        for (unsigned i = 0; i < kLengths; ++i) splits[i] += num_splits(n, length(i));
-    });
-    block_sum<kWarps>(splits);
-    unsigned found = 0;
+            for (unsigned i = 0; i < kAtOnce; ++i) splits[i] += num_splits(n, length(first + i));
+        });
+        block_sum<kWarps>(splits);
 #pragma unroll
-    for (unsigned i = 0; i < kLengths; ++i)
-        if (splits[i] <= num_parts) found = length(i);
-    return found;
+        for (unsigned i = 0; i < kAtOnce; ++i)
+            if (splits[i] <= static_cast<unsigned>(params.num_parts)) return length(first + i);
+    }
+    return 0;
 }
 
 // How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.
