@@ -224,6 +224,14 @@ def test_narrow_terminal_goes_without_columns_and_shows_the_others_whole(width, 
     assert "…" not in said.get()
 
 
+def test_narrowest_terminal_folds_the_cases_and_nothing_else():
+    console = Console(width=56)
+    with console.capture() as said:
+        console.print(report.summary(results(*(row(case, "flashinfer", 1500.3) for case in TABLE))))
+    assert said.get().count("flashinfer 1500.3") == len(TABLE)
+    assert "…" not in said.get()
+
+
 def test_second_run_of_a_day_keeps_the_first(tmp_path):
     first = unused_path(tmp_path, "NVIDIA H200", "2000-01-01")
     assert first.name == "nvidia-h200-2000-01-01.json"

@@ -90,8 +90,8 @@ def test_summary_names_means_rows_left_out_and_failures(tmp_path, capsys):
     assert main(["bench", "--serve", "--plot", str(path), "--no-plots"]) == 0
     said = capsys.readouterr().out
     assert "in 2 of 2 rows" in said
-    assert "geometric mean over 1 attention-bound rows: 1.600; goal 1.15 ✓" in said
-    assert "geometric mean over 2 all rows: 1.391" in said
+    assert "geometric mean over 1 attention-bound row: 1.600; goal 1.15 ✓" in said
+    assert "geometric mean over 2 rows: 1.391" in said
     assert "TRITON_MLA left out at h=16 b=1 context=1024: needs 9 blocks" in said
     assert "FLASH_ATTN_MLA failed: ended with status 1" in said
 
@@ -127,8 +127,8 @@ def test_row_left_out_is_shown_as_such_and_counted_nowhere(width, cells):
     (middle,) = (line for line in lines if " 8,192* " in line)
     assert middle.count("left out") == cells // 4  # not its best peer's, which the narrow table has
     assert "at or ahead of the best peer in 1 of 2 rows" in said.get()
-    assert "geometric mean over 1 attention-bound rows: 1.500" in said.get()
-    assert "geometric mean over 2 all rows: 0.866" in said.get()  # of 1.5 and 0.5
+    assert "geometric mean over 1 attention-bound row: 1.500" in said.get()
+    assert "geometric mean over 2 rows: 0.866" in said.get()  # of 1.5 and 0.5
     assert said.get().count("left out at") == 5
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.cli import demo, main
 from vllm_flashmla_backend.cli.demo import RECALL
 
 pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []
@@ -23,6 +24,16 @@ def test_demo_answers_right_and_ends_with_its_table():
     assert ", of 64 tokens each" in said.stdout
     for row in ("tokens per second", "pages used", "vLLM", "device", "FlashMLABackend", "kernels"):
         assert row in said.stdout
+
+
+def test_demo_that_another_backend_would_serve_ends_before_it_asks(monkeypatch):
+    layer = SimpleNamespace(attn_backend=SimpleNamespace)
+    context = SimpleNamespace(static_forward_context={"layer": layer})
+    config = SimpleNamespace(compilation_config=context)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+    monkeypatch.setattr(demo, "start_engine", lambda model: llm)
+    with pytest.raises(SystemExit, match="vLLM serves the model with SimpleNamespace, and not with FLASHMLA"):
+        main(["demo", "--prompts", "1"])
 
 
 def test_demo_without_a_model_says_which_it_expects(tmp_path):

@@ -50,6 +50,37 @@ def test_plugins_hidden_by_vllm_plugins_are_named(monkeypatch):
     assert checks.plugins().remedy == "add flashmla_cpu to VLLM_PLUGINS"
 
 
+def test_plugin_for_a_cpu_is_not_asked_for_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "flashmla")
+    monkeypatch.setattr(checks, "device", lambda: torch.device("cuda"))
+    assert checks.plugins().remedy is None
+
+
+@pytest.mark.parametrize(
+    "variable, value, device, remedy",
+    [
+        ("VLLM_MLA_DISABLE", "1", "cuda", "unset it: without MLA"),
+        ("VLLM_BATCH_INVARIANT", "1", "cpu", "unset it: vLLM has no such mode on a CPU"),
+        ("VLLM_BATCH_INVARIANT", "yes", "cpu", "are 0, 1 or unset"),
+        ("VLLM_BATCH_INVARIANT", "1", "cuda", None),
+        ("VLLM_MLA_DISABLE", "0", "cpu", None),
+    ],
+)
+def test_variables_under_which_flashmla_refuses_are_named(variable, value, device, remedy, monkeypatch):
+    for name in ("VLLM_MLA_DISABLE", "VLLM_BATCH_INVARIANT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(checks, "device", lambda: torch.device(device))
+    found = checks.switches().remedy
+    assert found is None if remedy is None else remedy in found
+
+
+def test_empty_choice_of_kernels_is_none(monkeypatch):
+    monkeypatch.setenv("VLLM_FLASHMLA_KERNELS", "")
+    assert checks.kernels().found.startswith("auto is ")
+    assert checks.kernels().remedy is None
+
+
 def test_unregistered_entry_points_are_named(monkeypatch):
     monkeypatch.setattr(checks, "PLUGINS", {"vllm.general_plugins": "not_registered"})
     assert checks.plugins().found == "not_registered not registered"

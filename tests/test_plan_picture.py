@@ -38,7 +38,15 @@ def test_terminal_bars_are_as_long_as_the_parts_work(work):
     longest = max(map(plan.num_pages, work))
     for line, splits in zip(plan.lines(work), work, strict=True):
         drawn = sum(line.plain.count(shade) for shade in plan.SHADES)
-        assert drawn == round(plan.num_pages(splits) / longest * plan.BAR_WIDTH)
+        assert drawn == round(plan.num_pages(splits) / longest * plan.WIDEST)
+
+
+@pytest.mark.parametrize("columns", [200, 80, 64])
+def test_terminal_lines_are_as_wide_as_it_where_there_is_room(work, columns):
+    width = plan.bar_width(work, columns)
+    assert plan.NARROWEST <= width <= plan.WIDEST
+    widest = max(len(line.plain) for line in plan.lines(work, width))
+    assert widest <= columns or width == plan.NARROWEST
 
 
 def test_a_run_of_idle_parts_is_one_line():
@@ -125,7 +133,8 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, leve
         (["--lens", "5", "--out", "/tmp/x.foo"], "--out is /tmp/x.foo: Format 'foo' is not supported"),
         (["--lens", "5", "--heads", "0"], "--heads: got 0 query heads, expected 1 to 128"),
         (["--lens", "5", "--heads", "129"], "--heads: got 129 query heads, expected 1 to 128"),
-        (["--lens", "5", "--query-len", "0"], "--query-len is 0, expected at least 1"),
+        (["--lens", "5", "--query-len", "0"], "--query-len is 0, expected 1 to 128"),
+        (["--lens", "5", "--query-len", "129"], "--query-len is 129, expected 1 to 128"),
         (["--lens", "5", "--parts", "-1"], "--parts is -1, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "0"], "--parts is 0, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "65537"], "--parts is 65537, expected 1 to 65,536"),

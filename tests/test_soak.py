@@ -197,9 +197,9 @@ def test_address_where_no_server_answers_is_named_before_the_load(url, monkeypat
         (dict(), None),
         (dict(wrong=10), None),
         (dict(wrong=11), "989 of 1000 answers right"),
-        (dict(failed=1), "1 requests failed"),
-        (dict(lost=1), "1 requests lost"),
-        (dict(left=1), "1 requests left running"),
+        (dict(failed=1), "1 request failed"),
+        (dict(lost=1), "1 request lost"),
+        (dict(left=1), "1 request left running"),
         (dict(left=None), "no longer answers"),
         (dict(completed=0), "no answer was scored"),
         (dict(host=[MIB * (1024 + at) for at in range(200)]), "host memory grew from 1,101 MiB to 1,206 MiB"),
@@ -243,6 +243,7 @@ def test_server_that_ends_before_it_answers_says_why(tmp_path, monkeypatch):
         (["--max-tokens", "8"], "--max-tokens is 8"),
         (["--abort-share", "1.5"], "--abort-share is 1.5"),
         (["--model", "/nowhere"], "--model is /nowhere"),
+        (["--out", "/tmp"], "--out is /tmp, a directory; expected the name of a file in it"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .cases import ALSO, REGIMES
+from .cases import ALSO, GOAL_US, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
@@ -146,7 +146,7 @@ def ratio_bars(results: dict) -> Figure:
     axes.set_xlabel("time of the best peer ÷ ours (above 1: ours is faster)")
     of_mean = [comparison for comparison in comparisons if comparison.regime != ALSO and comparison.ratio]
     suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {len(of_mean)} cases" if of_mean else ""
-    axes.set_title(_title("ratio to the best peer", results) + suffix)
+    axes.set_title(_title("ratio to the best peer", results) + suffix, fontsize=10.5)
     figure.legend(
         handles=[
             Patch(color=GOAL, label="goal reached"),
@@ -175,7 +175,20 @@ def _explain(comparison: Comparison) -> str:
     if comparison.best is None:
         return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
     best = comparison.best
-    return f"{comparison.ratio:.2f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
+    words = f"{comparison.ratio:.3f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
+    if comparison.ratio < comparison.targets.goal or comparison.goal_reached:
+        return words
+    return f"{words}; {_other_goal(comparison)}"
+
+
+def _other_goal(comparison: Comparison) -> str:
+    """What, besides the ratio, the goal asks for and ours does not reach."""
+    ours, targets = comparison.ours, comparison.targets
+    if ours["tflops"] < (targets.goal_tflops or 0):
+        return f"goal {targets.goal_tflops:g} TFLOP/s, ours {ours['tflops']:.0f}"
+    if ours["gbps"] < (targets.goal_gbps or 0):
+        return f"goal {targets.goal_gbps:g} GB/s, ours {ours['gbps']:.0f}"
+    return f"goal {GOAL_US[comparison.case]:g} µs"
 
 
 def _has(comparisons: list[Comparison], regime: str) -> bool:

@@ -151,15 +151,20 @@ def _case_tables(comparisons: list[Comparison], ceilings: dict) -> Iterator[Tabl
         table = made(["case", OURS, BEST, *columns])
         yield table
         yield dense(table)
+    yield dense(made(["case", OURS, BEST, *verdict[:2]], folds_case=True))
 
 
-def _case_table(comparisons: list[Comparison], ceilings: dict, shown: list[str]) -> Table:
-    """The table of all cases with the columns `shown`."""
+def _case_table(
+    comparisons: list[Comparison], ceilings: dict, shown: list[str], folds_case: bool = False
+) -> Table:
+    """The table of all cases with the columns `shown`; a case's words may take several lines."""
     shares = "; shares of the product's and the reading ceiling" if SHARES[0] in shown else ""
     table = Table(title=f"µs a call; best peer ÷ ours{shares}")
     for name in shown:
         heading = "" if name in SHARES else name
-        table.add_column(heading, justify="left" if name == "case" else "right", no_wrap=name == "case")
+        table.add_column(
+            heading, justify="left" if name == "case" else "right", no_wrap=(name == "case") != folds_case
+        )
     last = None
     for comparison in comparisons:
         if comparison.regime != last:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..words import count
 from .plots import GOAL, MISSED
 from .report import OURS
 from .serve_report import LEFT_OUT, MUST, StepComparison, backends_of, compare, timing
@@ -36,8 +37,8 @@ def step_bars(results: dict) -> Figure:
         axes.set_ylabel(f"{h} heads: time ÷ ours")
     layers = results["model"]["layers"]
     figure.suptitle(
-        f"decode step of vLLM, {layers} layers, the {timing(results)}: "
-        f"{results.get('gpu')}, {results.get('date', '')}\n"
+        f"decode step of vLLM, {count(layers, 'layer')}, the {timing(results)}: "
+        f"{results.get('gpu') or results.get('device')}, {results.get('date', '')}\n"
         "above 1: ours is faster; below each group ours in ms, and best peer ÷ ours; * attention-bound"
     )
     figure.legend(
@@ -65,7 +66,8 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
                 top = min(ratio, TALLEST) - 0.03
                 axes.text(place, top, f"{ratio:.2f}", va="top", color="white", **words)
             else:
-                axes.text(place, ratio + 0.02, f"{ratio:.2f}", va="bottom", **words)
+                clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of the line at 1
+                axes.text(place, ratio + 0.02, f"{ratio:.2f}", va="bottom", bbox=clear, **words)
     axes.axhline(1, color="black", linewidth=1.2, zorder=3)
     axes.set_xticks(range(len(comparisons)), [_name_steps(each) for each in comparisons], fontsize=8)
     for tick, comparison in zip(axes.get_xticklabels(), comparisons, strict=True):

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..words import count
 from .fitting import Fitting, dense
 from .report import BEST, OURS, geometric_mean
 
@@ -131,11 +132,11 @@ def _table(results: dict, comparisons: list[StepComparison], backends: list[str]
     layers = results["model"]["layers"]
     whole = "; in brackets the fastest round of whole steps" if deciding(results) == "gpu_ms" else ""
     table = Table(
-        title=f"ms a decode step of {layers} layers, the {timing(results)}{whole}\n"
+        title=f"ms a decode step of {count(layers, 'layer')}, the {timing(results)}{whole}\n"
         "ratio: best peer ÷ ours; * attention-bound"
     )
     for heading in ("h", "b", "context", *backends, "ratio", f"at least {MUST:.2f}"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for index, comparison in enumerate(comparisons):
         if index and comparison.h != comparisons[index - 1].h:
             table.add_section()
@@ -174,10 +175,10 @@ def _lines(results: dict, comparisons: list[StepComparison]) -> Iterator[Text]:
     )
     yield Text(f"at or ahead of the best peer in {ahead} of {len(compared)} rows")
     bound = [comparison for comparison in compared if comparison.attention_bound]
-    for name, rows in (("attention-bound rows", bound), ("all rows", compared)):
+    for name, rows in (("attention-bound row", bound), ("row", compared)):
         if mean := geometric_mean(rows):
             goal = f"; goal {GOAL:.2f} {'✓' if mean >= GOAL else '✗'}" if rows is bound else ""
-            yield Text(f"geometric mean over {len(rows)} {name}: {mean:.3f}{goal}")
+            yield Text(f"geometric mean over {count(len(rows), name)}: {mean:.3f}{goal}")
     if deciding(results) == "gpu_ms":
         whole = [each for each in compare(results, "ms_per_step") if each.ratio]
         ahead = sum(each.ratio >= MUST for each in whole)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from ..processes import ended_by_signals
 from . import bench, demo, doctor, plan, soak
@@ -23,5 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # said with the command's usage, not with that of all
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    with ended_by_signals():
-        return COMMANDS[args.command].run(args)
+    try:
+        with ended_by_signals():
+            return COMMANDS[args.command].run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}; `vllm-flashmla doctor` says what is missing, and what to do") from error

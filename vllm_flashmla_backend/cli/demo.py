@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from .. import BACKEND
 from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
 from .environment import VLLM, describe, installed_version
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         )
     prompts = make_prompts(SEED, args.prompts, MIN_TOKENS, MAX_TOKENS)
     llm = start_engine(args.model)
+    require_flashmla(llm)
     completions, seconds = answer(llm, prompts)
     right = sum(is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True))
     Console().print(summary(llm, prompts, right, seconds))
@@ -73,6 +75,22 @@ def start_engine(model: Path) -> LLM:
     )
 
 
+def backend_of(llm: LLM) -> type:
+    """The class that serves the model's layers."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return next(iter(layers.values())).attn_backend
+
+
+def require_flashmla(llm: LLM) -> None:
+    """SystemExit where vLLM went past what was asked for: it does where it has not found this plugin."""
+    backend = backend_of(llm)
+    if f"{backend.__module__}.{backend.__qualname__}" != BACKEND:
+        raise SystemExit(
+            f"vLLM serves the model with {backend.__qualname__}, and not with FLASHMLA, which was asked for; "
+            "`vllm-flashmla doctor` says why"
+        )
+
+
 def answer(llm: LLM, prompts: list[RecallPrompt]) -> tuple[list[str], float]:
     """The model's completion of each prompt, and the seconds that all of them took."""
     from vllm import SamplingParams
@@ -89,9 +107,7 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     from ..flash_mla.providers import provider_for
     from ..flash_mla.schedule import PAGE_SIZE, ceil_div
 
-    config = llm.llm_engine.vllm_config
-    layer = next(iter(config.compilation_config.static_forward_context.values()))
-    device = config.device_config.device
+    device = llm.llm_engine.vllm_config.device_config.device
     lengths = [prompt.num_tokens for prompt in prompts]
     pages = sum(ceil_div(length + ANSWER_TOKENS, PAGE_SIZE) for length in lengths)
     table = Table(title="FLASHMLA demo", show_header=False)
@@ -103,6 +119,6 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table.add_row("pages used", f"{pages:,}, of {PAGE_SIZE} tokens each")
     table.add_row("vLLM", installed_version(*VLLM))
     table.add_row("device", describe(device))
-    table.add_row("backend", layer.attn_backend.__qualname__)
+    table.add_row("backend", backend_of(llm).__qualname__)
     table.add_row("kernels", provider_for(device).name)
     return table

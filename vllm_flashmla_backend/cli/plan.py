@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from .results import require, require_heads
+from ..words import count
+from .results import require_heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,8 +23,9 @@ HELP = "draw which part of the GPU works on which pages of which sequence, in th
 
 HOPPER_SMS = 132
 LONGEST = 2**31 - 1  # lengths are int32
+LONGEST_QUERY = 128  # tokens; the backend decodes none of more
 MOST_PARTS = 65_536  # hundreds of times what a GPU runs at once
-BAR_WIDTH = 60  # columns of the longest part's bar
+WIDEST, NARROWEST = 60, 10  # columns of the longest part's bar
 LEGEND = "sequence[first:end) is that sequence's pages from first to before end; both count from 0"
 SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
 
@@ -31,7 +33,12 @@ SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lens", required=True, metavar="N,N,…", help="tokens in the cache, by sequence")
     parser.add_argument("--heads", type=int, default=128, help="query heads, 1 to 128 (default: 128)")
-    parser.add_argument("--query-len", type=int, default=1, help="query tokens a sequence (default: 1)")
+    parser.add_argument(
+        "--query-len",
+        type=int,
+        default=1,
+        help=f"query tokens of each sequence, say a token and its drafts, up to {LONGEST_QUERY} (default: 1)",
+    )
     parser.add_argument(
         "--parts",
         type=int,
@@ -53,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
     lengths = parse_lengths(args.lens)
     require_heads(args.heads)
-    require(("--query-len", args.query_len, 1))
+    if not 1 <= args.query_len <= LONGEST_QUERY:
+        raise SystemExit(f"--query-len is {args.query_len}, expected 1 to {LONGEST_QUERY}")
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len
@@ -67,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"plot: {args.out}")
     else:
         console = Console()
-        for line in lines(work):
+        for line in lines(work, bar_width(work, console.width) if console.is_terminal else WIDEST):
             console.print(line, soft_wrap=True)
         print(LEGEND)
     if not args.parts:
@@ -121,29 +129,35 @@ def num_pages(splits: list[Split]) -> int:
     return sum(split.page_end - split.page_begin for split in splits)
 
 
-def lines(work: list[list[Split]]) -> list[Text]:
+def bar_width(work: list[list[Split]], columns: int) -> int:
+    """Of the longest part's bar, so that a line fits into `columns`, if it can."""
+    words = max(len(bar(part, splits, 1, 0).plain) for part, splits in enumerate(work))
+    return max(NARROWEST, min(WIDEST, columns - words))
+
+
+def lines(work: list[list[Split]], width: int = WIDEST) -> list[Text]:
     """A line for each part with work, and one for each run of idle parts."""
     longest = max(1, *(num_pages(splits) for splits in work))
     found = []
     for busy, run in groupby(enumerate(work), key=lambda item: bool(item[1])):
         parts = list(run)
         if busy:
-            found += [bar(part, splits, longest) for part, splits in parts]
+            found += [bar(part, splits, longest, width) for part, splits in parts]
         else:
             first, last = parts[0][0], parts[-1][0]
             found.append(Text(f"part {first:>3} idle" if first == last else f"parts {first} to {last} idle"))
     return found
 
 
-def bar(part: int, splits: list[Split], longest: int) -> Text:
+def bar(part: int, splits: list[Split], longest: int, width: int) -> Text:
     """The part's pages, shaded and coloured by sequence, and its splits in words."""
     line, done, drawn = Text(f"part {part:>3} "), 0, 0
     for split in splits:
         done += split.page_end - split.page_begin
-        upto = round(done / longest * BAR_WIDTH)
+        upto = round(done / longest * width)
         line.append(SHADES[split.seq % 4] * (upto - drawn), style=COLOURS[split.seq % len(COLOURS)])
         drawn = upto
-    line.append(" " * (BAR_WIDTH - drawn))
+    line.append(" " * (width - drawn))
     line.append(f" {done:>5} {'page ' if done == 1 else 'pages'}  " + "  ".join(map(name, splits)))
     return line
 
@@ -151,11 +165,6 @@ def bar(part: int, splits: list[Split], longest: int) -> Text:
 def name(split: Split) -> str:
     """`3[64:96)`: pages 64 to 95 of sequence 3."""
     return f"{split.seq}[{split.page_begin}:{split.page_end})"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 page`, `2 pages`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def summary(work: list[list[Split]], lengths: list[int]) -> str:

@@ -116,6 +116,8 @@ def check(args: argparse.Namespace) -> None:
     if not args.base_url:
         require_model(args.model)
     if args.out:
+        if args.out.is_dir():
+            raise SystemExit(f"--out is {args.out}, a directory; expected the name of a file in it")
         require_out(args.out.parent)
 
 

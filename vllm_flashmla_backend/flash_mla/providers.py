@@ -202,7 +202,7 @@ def provider_for(device: torch.device) -> Provider:
     ValueError
         The variable holds no known choice, or its choice cannot run on this device.
     """
-    return _provider(os.environ.get(CHOICE_VARIABLE, "auto"), device)
+    return _provider(os.environ.get(CHOICE_VARIABLE) or "auto", device)
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from statistics import quantiles
 
 from rich.table import Table
 
+from ..words import count
 from .load import Outcome
 from .watch import Sample, growth
 
@@ -68,7 +69,7 @@ def faults(run: dict, scored: bool) -> Iterator[str]:
     """
     for name in ("lost", "failed", "left_running"):
         if run[name]:
-            yield f"{run[name]} requests {name.replace('_', ' ')}"
+            yield f"{count(run[name], 'request')} {name.replace('_', ' ')}"
     if run["left_running"] is None:
         yield "the server no longer answers"
     if scored and not run["answers"]:
