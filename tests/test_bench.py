@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,33 @@ def test_pictures_show_every_case(tmp_path, capsys):
     assert [bar.get_width() for bar in bars.axes[0].patches] == [each.ratio for each in comparisons]
 
 
+def test_bar_past_its_goal_that_misses_it_says_what_else_is_asked_for():
+    from vllm_flashmla_backend.bench import plots
+
+    slow = row(TABLE[0], "ours", 1000.0) | {"tflops": 500.0}
+    bars = plots.ratio_bars(results(slow, row(TABLE[0], "fa3", 2000.0)))
+    (said,) = (text.get_text() for text in bars.axes[0].texts)
+    assert said == "2.000   1000.0 µs, fa3 2000.0 µs; goal 660 TFLOP/s, ours 500"
+
+
+def test_a_part_of_the_table_is_not_held_against_the_mean_asked_of_all():
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(report.summary(results(row(TABLE[0], "ours", 1.0), row(TABLE[0], "fa3", 2.0))))
+    assert "geometric mean over 1 case: 2.000\n" in said.get()
+
+
+def test_case_that_does_not_fit_is_a_failure_of_each_peer(monkeypatch):
+    def no_room(case, device):
+        raise torch.OutOfMemoryError("Tried to allocate 5 TiB")
+
+    monkeypatch.setattr(measure, "make_inputs", no_room)
+    rows, failures = measure.measure_case(TABLE[0], [SimpleNamespace(name="ours")], None, torch.device("cpu"))
+    assert not rows
+    assert [(each["peer"], each["b"]) for each in failures] == [("ours", 128)]
+    assert failures[0]["error"] == "the case does not fit the GPU: Tried to allocate 5 TiB"
+
+
 PEERS = ["ours", "invariant", "flashmla", "fa3", "flashinfer", "triton"]
 VERDICT, DETAILS = ["ratio", "must", "goal"], ["error", "MHz", "workspace"]
 
@@ -224,7 +252,7 @@ def test_narrow_terminal_goes_without_columns_and_shows_the_others_whole(width, 
     assert "…" not in said.get()
 
 
-def test_narrowest_terminal_folds_the_cases_and_nothing_else():
+def test_terminal_of_56_columns_folds_the_cases_and_nothing_else():
     console = Console(width=56)
     with console.capture() as said:
         console.print(report.summary(results(*(row(case, "flashinfer", 1500.3) for case in TABLE))))
@@ -338,7 +366,9 @@ def test_a_case_is_parsed_from_its_words(case):
     [
         ("b=32 h=16", "'b=32 h=16', expected a case as in 'b=32 s_k=4096 h=16'"),
         ("b=32 s_k=4096 h=16 random", "lengths are fixed, normal, one long"),
-        ("b=0 s_k=4096 h=16", "expected b and s_q from 1"),
+        ("b=0 s_k=4096 h=16", "expected b from 1 to 65,536"),
+        ("b=1 s_k=42949672 h=16", "s_k from s_q to 42,949,671"),
+        ("b=1 s_k=٤٠٩٦ h=16", "expected a case as in"),
         ("b=1 s_q=9 s_k=8 h=16", "s_k from s_q"),
         ("b=1 s_k=8 h=129", "h from 1 to 128"),
     ],

@@ -243,6 +243,16 @@ def test_run_of_which_nothing_came_ends_with_the_causes_and_leaves_no_file(kind,
     assert not list(tmp_path.iterdir())
 
 
+def test_terminal_of_56_columns_shows_the_best_peer_and_the_ratio_whole():
+    times = {"ours": 2.0, "FLASHMLA": 4.0, "FLASH_ATTN_MLA": 3.0, "TRITON_MLA": 5.0}
+    rows = [row(backend, ms) | {"gpu_ms": ms} for backend, ms in times.items()]
+    console = Console(width=56)
+    with console.capture() as said:
+        console.print(serve_report.summary(results(*rows)))
+    assert "FLASH_ATTN_MLA 3.000 (3.00)│1.500" in said.get()
+    assert "…" not in said.get()
+
+
 def test_file_of_another_kind_is_told_with_the_option_that_suits(tmp_path):
     path = tmp_path / "r.json"
     for head, asked, remedy in (
@@ -262,8 +272,8 @@ def test_rows_are_compared_by_the_gpus_time_where_all_have_it():
     console = Console(width=120)
     with console.capture() as said:
         console.print(serve_report.summary(results(ours, peer)))
-    assert "1.000 (2.00)" in said.get() and "at or ahead of the best peer in 1 of 1 rows" in said.get()
-    assert "by whole steps, host included: at or ahead in 0 of 1 rows" in said.get()
+    assert "1.000 (2.00)" in said.get() and "at or ahead of the best peer in 1 of 1 row\n" in said.get()
+    assert "by whole steps, host included: at or ahead in 0 of 1 row" in said.get()
     (mixed,) = serve_report.compare(results(ours, row("FLASHMLA", 1.9)))
     assert mixed.ratio == 1.9 / 2.0
 

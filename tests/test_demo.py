@@ -27,12 +27,15 @@ def test_demo_answers_right_and_ends_with_its_table():
 
 
 def test_demo_that_another_backend_would_serve_ends_before_it_asks(monkeypatch):
-    layer = SimpleNamespace(attn_backend=SimpleNamespace)
+    others = type("FlashMLABackend", (), {"__module__": "vllm.flashmla"})  # vLLM's own has our class's name
+    layer = SimpleNamespace(attn_backend=others)
     context = SimpleNamespace(static_forward_context={"layer": layer})
     config = SimpleNamespace(compilation_config=context)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
     monkeypatch.setattr(demo, "start_engine", lambda model: llm)
-    with pytest.raises(SystemExit, match="vLLM serves the model with SimpleNamespace, and not with FLASHMLA"):
+    with pytest.raises(
+        SystemExit, match="vLLM serves the model with vllm.flashmla.FlashMLABackend, expected vllm_f"
+    ):
         main(["demo", "--prompts", "1"])
 
 

@@ -47,6 +47,7 @@ def test_broken_vllm_is_named_with_its_remedy(tmp_path):
 
 def test_plugins_hidden_by_vllm_plugins_are_named(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "flashmla,another")
+    monkeypatch.setattr(checks, "device", lambda: torch.device("cpu"))
     assert checks.plugins().remedy == "add flashmla_cpu to VLLM_PLUGINS"
 
 
@@ -61,7 +62,7 @@ def test_plugin_for_a_cpu_is_not_asked_for_on_a_gpu(monkeypatch):
     [
         ("VLLM_MLA_DISABLE", "1", "cuda", "unset it: without MLA"),
         ("VLLM_BATCH_INVARIANT", "1", "cpu", "unset it: vLLM has no such mode on a CPU"),
-        ("VLLM_BATCH_INVARIANT", "yes", "cpu", "are 0, 1 or unset"),
+        ("VLLM_BATCH_INVARIANT", "yes", "cpu", "VLLM_BATCH_INVARIANT must be 0, 1 or unset"),
         ("VLLM_BATCH_INVARIANT", "1", "cuda", None),
         ("VLLM_MLA_DISABLE", "0", "cpu", None),
     ],

@@ -49,6 +49,13 @@ def test_terminal_lines_are_as_wide_as_it_where_there_is_room(work, columns):
     assert widest <= columns or width == plan.NARROWEST
 
 
+def test_number_of_parts_is_explained_where_it_is_not_given(capsys):
+    assert main(["plan", "--lens", "100", "--heads", "16"]) == 0
+    assert "132 parts: as many as 132 SMs run at once, of 16 query rows\n" in capsys.readouterr().out
+    assert main(["plan", "--lens", "100", "--parts", "2"]) == 0
+    assert "SMs" not in capsys.readouterr().out
+
+
 def test_a_run_of_idle_parts_is_one_line():
     metadata, _ = schedule.plan([128], 8)
     work = plan.by_part(schedule.splits_of(metadata, [128]), 8)

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from vllm_flashmla_backend.cli import main, plan
 from vllm_flashmla_backend.processes import ended_by_signals
 
 PROGRAM = """
@@ -47,27 +46,3 @@ def test_signal_that_nohup_has_ignored_ends_nothing():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize(
-    "error, status, said",
-    [
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (
-            ModuleNotFoundError("No module named 'torch'"),
-            None,
-            "No module named 'torch'; `vllm-flashmla doctor` says",
-        ),
-    ],
-)
-def test_command_that_cannot_go_on_ends_in_a_sentence(error, status, said, monkeypatch, capsys):
-    def run(args):
-        raise error
-
-    monkeypatch.setattr(plan, "run", run)
-    if status is None:
-        with pytest.raises(SystemExit, match=said):
-            main(["plan", "--lens", "1"])
-    else:
-        assert main(["plan", "--lens", "1"]) == status
-        assert capsys.readouterr().err.strip() == said

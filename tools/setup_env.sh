@@ -4,6 +4,7 @@
 # where it changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+trap 'exit 130' INT # pip ends by itself, and what follows would go on
 exec 3>&1 # where the user reads, whatever a command's own output goes to
 
 GPU_VLLM="vllm==0.26.0"
@@ -19,8 +20,10 @@ fail() {
 
 patiently() { # runs a command that says nothing for minutes, and says that it still runs
     local status=0
-    while sleep 20 > /dev/null 2>&1 3>&-; do echo "setup: still installing, ${SECONDS} s so far" >&3; done &
-    ticks=$!
+    while sleep 20 > /dev/null 2>&1 3>&- && kill -0 $$ 2> /dev/null; do
+        echo "setup: still installing, ${SECONDS} s so far" >&3
+    done &
+    ticks=$! # not local, for the trap
     trap 'kill "$ticks" 2> /dev/null || true' EXIT
     "$@" || status=$?
     kill "$ticks"
@@ -143,7 +146,7 @@ install_package() {
     [ "$(package_state)" = "$(cat .venv/installed 2> /dev/null)" ] && return
     if has_gpu && [ -z "${CUDA_HOME:-}" ] && ! find_nvcc > /dev/null; then
         echo "setup: no nvcc here; installing it from pip"
-        "${INSTALL[@]}" -e '.[nvcc]' || fail "pip could not install nvcc; see its message above."
+        patiently "${INSTALL[@]}" -e '.[nvcc]' || fail "pip could not install nvcc; see its message above."
     fi
     echo "setup: installing this package, with its kernels where there is nvcc"
     patiently "${PIP[@]}" install -v -e '.[test,lint]' > .venv/install.log 2>&1 || {

@@ -13,6 +13,9 @@ CPU_PLATFORM = "vllm_flashmla_backend.attention.platform.FlashMLACpuPlatform"
 TESTED_VLLM = "0.26 to 0.33"
 """The releases of vLLM that this package is tested with, both included."""
 
+LONGEST_DECODED = 128
+"""Query tokens of a sequence that are decoded rather than prefilled: measured, see docs/settings.md."""
+
 
 def register() -> None:
     """Make `--attention-backend FLASHMLA` mean this backend (group `vllm.general_plugins`).

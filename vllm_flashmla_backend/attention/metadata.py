@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
+from .. import LONGEST_DECODED
 from ..flash_mla.checks import check_heads
 from ..flash_mla.chunks import chunk_level
 from ..flash_mla.planning import num_parts, plan_into
@@ -26,12 +27,10 @@ from ..flash_mla.schedule import METADATA_WIDTH, TILE_ROWS, num_pages
 from . import long_queries
 from .compat import vllm_flashmla_backend
 
-LONGEST_DECODED = 128
-"""Query tokens of a sequence that are decoded rather than prefilled: measured, see docs/settings.md."""
-
 MOST_DECODED_ROWS = 4096
-"""And query tokens × heads of a sequence: from 64 heads on each token works through its context by itself,
-and a step of many whole prompts of 100 tokens should be prefilled faster; that is an estimate."""
+"""Query tokens × heads of a sequence that are decoded, of up to LONGEST_DECODED tokens: from 64 heads on each
+token works through its context by itself, and a step of many whole prompts of 100 tokens should be prefilled
+faster; that is an estimate."""
 
 
 @dataclass

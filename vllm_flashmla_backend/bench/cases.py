@@ -11,9 +11,10 @@ LONG = 50  # how many times longer than the others the first sequence of "one lo
 SEED = 0
 
 WORDS = re.compile(
-    r"b=(?P<b>\d+)( s_q=(?P<s_q>\d+))? s_k=(?P<s_k>\d+) h=(?P<h_q>\d+)"
-    r"( (?P<lengths>fixed|normal|one long))?( (?P<dtype>bfloat16|float16))?"
+    r"b=(?P<b>[0-9]+)( s_q=(?P<s_q>[0-9]+))? s_k=(?P<s_k>[0-9]+) h=(?P<h_q>[0-9]+)"
+    rf"( (?P<lengths>{'|'.join(LENGTHS)}))?( (?P<dtype>bfloat16|float16))?"
 )
+MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 // LONG - 1  # lengths are int32
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,14 @@ class Case:
                 f"{text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 normal "
                 f"float16'; lengths are {', '.join(LENGTHS)}"
             )
-        words = {name: word for name, word in found.groupdict(default="").items() if word}
+        words = {name: word for name, word in found.groupdict().items() if word}
         case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})
-        if min(case.b, case.s_q) < 1 or case.s_k < case.s_q or not 1 <= case.h_q <= 128:
-            raise ValueError(f"{text!r}, expected b and s_q from 1, s_k from s_q, h from 1 to 128")
+        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k <= MOST_TOKENS
+        if not in_range or not 1 <= case.h_q <= 128:
+            raise ValueError(
+                f"{text!r}, expected b from 1 to {MOST_SEQUENCES:,}, s_q from 1, s_k from s_q to "
+                f"{MOST_TOKENS:,}, h from 1 to 128"
+            )
         return case
 
     def keys(self) -> dict:

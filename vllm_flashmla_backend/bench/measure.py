@@ -89,7 +89,11 @@ def measure_case(
     rows : one for each peer, at its fastest setting; the keys are those of a results file.
     failures : a case's keys, the peer and the error, for each peer that raised one.
     """
-    inputs = make_inputs(case, device)
+    try:
+        inputs = make_inputs(case, device)
+    except torch.OutOfMemoryError as error:  # other cases may have room
+        reason = f"the case does not fit the GPU: {error}"[:1000]
+        return [], [case.keys() | {"peer": peer.name, "error": reason} for peer in peers]
     timed: list[tuple[Peer, str, int, Timed]] = []
     failures = []
     for peer in peers:

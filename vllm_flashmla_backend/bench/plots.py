@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from ..words import count
 from .cases import ALSO, GOAL_US, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
@@ -145,7 +146,8 @@ def ratio_bars(results: dict) -> Figure:
     axes.set(xlim=(0, widest * 1.42), ylim=(len(comparisons) - 0.4, -0.6))
     axes.set_xlabel("time of the best peer ÷ ours (above 1: ours is faster)")
     of_mean = [comparison for comparison in comparisons if comparison.regime != ALSO and comparison.ratio]
-    suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {len(of_mean)} cases" if of_mean else ""
+    cases = count(len(of_mean), "case")
+    suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {cases}" if of_mean else ""
     axes.set_title(_title("ratio to the best peer", results) + suffix, fontsize=10.5)
     figure.legend(
         handles=[

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .cases import ALSO, GEOMEAN_GOAL, GEOMEAN_MUST, GOAL_US, REGIMES, Case, Regime
+from ..words import count
+from .cases import ALSO, GEOMEAN_GOAL, GEOMEAN_MUST, GOAL_US, REGIMES, TABLE, Case, Regime
 from .fitting import Fitting, dense
 
 OURS, INVARIANT = "ours", "invariant"
@@ -151,20 +152,16 @@ def _case_tables(comparisons: list[Comparison], ceilings: dict) -> Iterator[Tabl
         table = made(["case", OURS, BEST, *columns])
         yield table
         yield dense(table)
-    yield dense(made(["case", OURS, BEST, *verdict[:2]], folds_case=True))
+    yield dense(made(["case", OURS, BEST, *verdict[:2]], folding="case"))
 
 
-def _case_table(
-    comparisons: list[Comparison], ceilings: dict, shown: list[str], folds_case: bool = False
-) -> Table:
-    """The table of all cases with the columns `shown`; a case's words may take several lines."""
+def _case_table(comparisons: list[Comparison], ceilings: dict, shown: list[str], folding: str = "") -> Table:
+    """The table of all cases with the columns `shown`; of which `folding` may take several lines."""
     shares = "; shares of the product's and the reading ceiling" if SHARES[0] in shown else ""
     table = Table(title=f"µs a call; best peer ÷ ours{shares}")
     for name in shown:
         heading = "" if name in SHARES else name
-        table.add_column(
-            heading, justify="left" if name == "case" else "right", no_wrap=(name == "case") != folds_case
-        )
+        table.add_column(heading, justify="left" if name == "case" else "right", no_wrap=name != folding)
     last = None
     for comparison in comparisons:
         if comparison.regime != last:
@@ -262,7 +259,9 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
     )
     table_cases = [comparison for comparison in comparisons if comparison.regime != ALSO]
     mean = geometric_mean(table_cases)
-    if mean:
+    if mean and {comparison.case for comparison in table_cases} != set(TABLE):
+        yield Text(f"geometric mean over {count(len(table_cases), 'case')}: {mean:.3f}")
+    elif mean:
         yield Text.assemble(
             f"geometric mean over {len(table_cases)} cases: {mean:.3f}; must ",
             _reached(mean >= GEOMEAN_MUST, f"{GEOMEAN_MUST:.2f}"),
@@ -275,7 +274,8 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
         reached = sum(comparison.invariant_ratio >= INVARIANT_MUST for comparison in invariant)
         yield Text(
             f"batch-invariant mode, b >= {INVARIANT_FROM_BATCH}: {INVARIANT_MUST:.2f} of the default mode's "
-            f"speed in {reached} of {len(invariant)} cases, least {least.invariant_ratio:.2f} at {least.case}"
+            f"speed in {reached} of {count(len(invariant), 'case')}, least {least.invariant_ratio:.2f} at "
+            f"{least.case}"
         )
     ceilings = results["ceilings"]
     yield Text(

@@ -126,23 +126,29 @@ def _tables(results: dict, comparisons: list[StepComparison]) -> Iterator[Table]
         table = _table(results, comparisons, backends)
         yield table
         yield dense(table)
+    yield dense(_table(results, comparisons, [BEST], with_verdict=False))
 
 
-def _table(results: dict, comparisons: list[StepComparison], backends: list[str]) -> Table:
+def _table(
+    results: dict, comparisons: list[StepComparison], backends: list[str], with_verdict: bool = True
+) -> Table:
     layers = results["model"]["layers"]
     whole = "; in brackets the fastest round of whole steps" if deciding(results) == "gpu_ms" else ""
     table = Table(
         title=f"ms a decode step of {count(layers, 'layer')}, the {timing(results)}{whole}\n"
         "ratio: best peer ÷ ours; * attention-bound"
     )
-    for heading in ("h", "b", "context", *backends, "ratio", f"at least {MUST:.2f}"):
-        table.add_column(heading, justify="right", overflow="fold")
+    verdict = ("ratio", f"at least {MUST:.2f}")[: 1 + with_verdict]
+    for heading in ("h", "b", "context", *backends, *verdict):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, comparison in enumerate(comparisons):
         if index and comparison.h != comparisons[index - 1].h:
             table.add_section()
         cells = [_time(comparison, backend) for backend in backends]
         context = f"{comparison.context:,}{'*' if comparison.attention_bound else ' '}"
-        table.add_row(f"{comparison.h}", f"{comparison.b}", context, *cells, *_verdict(comparison))
+        table.add_row(
+            f"{comparison.h}", f"{comparison.b}", context, *cells, *_verdict(comparison)[: len(verdict)]
+        )
     return table
 
 
@@ -173,7 +179,7 @@ def _lines(results: dict, comparisons: list[StepComparison]) -> Iterator[Text]:
         f"asked for: the best peer's time ÷ ours of at least {MUST:.2f} in every row, "
         f"and of {GOAL:.2f} (the goal) in the geometric mean of the attention-bound rows"
     )
-    yield Text(f"at or ahead of the best peer in {ahead} of {len(compared)} rows")
+    yield Text(f"at or ahead of the best peer in {ahead} of {count(len(compared), 'row')}")
     bound = [comparison for comparison in compared if comparison.attention_bound]
     for name, rows in (("attention-bound row", bound), ("row", compared)):
         if mean := geometric_mean(rows):
@@ -182,7 +188,7 @@ def _lines(results: dict, comparisons: list[StepComparison]) -> Iterator[Text]:
     if deciding(results) == "gpu_ms":
         whole = [each for each in compare(results, "ms_per_step") if each.ratio]
         ahead = sum(each.ratio >= MUST for each in whole)
-        yield Text(f"by whole steps, host included: at or ahead in {ahead} of {len(whole)} rows")
+        yield Text(f"by whole steps, host included: at or ahead in {ahead} of {count(len(whole), 'row')}")
     for skipped in results["skipped"]:
         shape = f"h={skipped['h']} b={skipped['b']} context={skipped['context']}"
         yield Text(f"{skipped['backend']} left out at {shape}: {skipped['reason']}", style="yellow")

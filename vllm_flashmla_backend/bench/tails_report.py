@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..words import count
 from .fitting import Fitting, dense
 from .tails import DECODE, PREFILL
 
@@ -36,8 +37,8 @@ def worth_decoding(rows: dict[int, dict]) -> int:
 
 def name(column: tuple[int, int, int]) -> str:
     heads, tails, decodes = column
-    beside = f" beside {decodes} decodes" if decodes else ""
-    return f"{heads} heads, {tails} tail{'s' if tails > 1 else ''}{beside}"
+    beside = f" beside {count(decodes, 'decode')}" if decodes else ""
+    return f"{count(heads, 'head')}, {count(tails, 'tail')}{beside}"
 
 
 def summary(results: dict) -> Group:

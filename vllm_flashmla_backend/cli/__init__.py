@@ -13,6 +13,9 @@ from .environment import installed_version
 COMMANDS = {"doctor": doctor, "demo": demo, "bench": bench, "soak": soak, "plan": plan}
 """Name of each command and its module: `HELP`, `add_arguments(parser)`, `run(args) -> exit status`."""
 
+WITH_VLLM = ("vllm", "torch", "psutil", "openai")
+"""Modules that commands need and that come with vLLM, which is not installed with this package."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status, 0 where all is well."""
@@ -32,4 +35,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
+        if error.name not in WITH_VLLM:
+            raise
         raise SystemExit(f"{error}; `vllm-flashmla doctor` says what is missing, and what to do") from error

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..bench.cases import ROWS, Case
+from ..words import count
 from . import bench_serve, bench_tails
 from .environment import device
 from .results import describe_run, require, require_out, require_rows, show_tables, unused_path
@@ -103,7 +104,7 @@ def _case(text: str) -> Case:
 
 
 def require_own_options(args: argparse.Namespace) -> None:
-    """SystemExit where an option is given that this benchmark does not have, and would go unheeded."""
+    """SystemExit where an option that this benchmark does not have, and would not heed, has a value given."""
     if args.serve and args.tails:
         raise SystemExit("--serve and --tails are two benchmarks: expected one of them")
     command = "bench --serve" if args.serve else "bench --tails" if args.tails else "bench"
@@ -173,7 +174,7 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
     path = unused_path(args.out, results["gpu"], results["date"])
     chosen = args.case or ROWS[args.rows]
     with Progress(console=Console(stderr=True)) as progress:
-        for case in progress.track(chosen, description=f"{len(chosen)} cases"):
+        for case in progress.track(chosen, description=count(len(chosen), "case")):
             rows, failures = measure.measure_case(case, loaded, timer, device())
             results["rows"] += rows
             results["failures"] += failures

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
+from ..words import count
 from .environment import device
 from .results import (
     describe_run,
@@ -125,7 +126,7 @@ def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
     """Run an engine for each backend and number of heads; the results file, written anew after each row."""
     results, path = begin(args)
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"{len(jobs)} backends", total=sum(job.num_rows for job in jobs))
+        bar = progress.add_task(count(len(jobs), "backend"), total=sum(job.num_rows for job in jobs))
         for job in jobs:
             for reported in serve.measure(job):
                 ((kind, entry),) = reported.items()

@@ -98,9 +98,9 @@ def library() -> Check:
 
 def kernels() -> Check:
     """What `VLLM_FLASHMLA_KERNELS` (auto where unset) comes to on this device, and whether it decodes."""
-    from ..flash_mla.providers import CHOICE_VARIABLE, provider_for
+    from ..flash_mla.providers import CHOICE_VARIABLE, chosen, provider_for
 
-    choice = os.environ.get(CHOICE_VARIABLE) or "auto"
+    choice = chosen()
     try:
         found = f"{choice} is {provider_for(device()).name}"
         right = decodes_a_page()
@@ -171,12 +171,15 @@ def switches() -> Check:
     """Variables of vLLM's own under which FLASHMLA refuses to serve: docs/settings.md has them."""
     import vllm.envs as envs
 
-    name = "vLLM variables"
-    try:
-        if envs.VLLM_MLA_DISABLE:
-            return Check(name, "VLLM_MLA_DISABLE is on", "unset it: without MLA nothing is left to FLASHMLA")
-        if envs.VLLM_BATCH_INVARIANT and device().type == "cpu":
-            return Check(name, "VLLM_BATCH_INVARIANT is on", "unset it: vLLM has no such mode on a CPU")
-    except ValueError as error:
-        return Check(name, str(error), "VLLM_MLA_DISABLE and VLLM_BATCH_INVARIANT are 0, 1 or unset")
-    return Check(name, "none that FLASHMLA refuses")
+    refused = {"VLLM_MLA_DISABLE": "without MLA nothing is left to FLASHMLA"}
+    if device().type == "cpu":
+        refused["VLLM_BATCH_INVARIANT"] = "vLLM has no such mode on a CPU"
+    for variable, why in refused.items():
+        try:
+            is_on = getattr(envs, variable)
+        except ValueError:
+            got = f"{variable}={os.environ[variable]}"
+            return Check("vLLM variables", got, f"{variable} must be 0, 1 or unset")
+        if is_on:
+            return Check("vLLM variables", f"{variable} is on", f"unset it: {why}")
+    return Check("vLLM variables", "none that FLASHMLA refuses")

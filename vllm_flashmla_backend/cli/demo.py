@@ -75,19 +75,18 @@ def start_engine(model: Path) -> LLM:
     )
 
 
-def backend_of(llm: LLM) -> type:
-    """The class that serves the model's layers."""
+def backend_of(llm: LLM) -> str:
+    """The dotted name of the class that serves the model's layers."""
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return next(iter(layers.values())).attn_backend
+    backend = next(iter(layers.values())).attn_backend
+    return f"{backend.__module__}.{backend.__qualname__}"
 
 
 def require_flashmla(llm: LLM) -> None:
     """SystemExit where vLLM went past what was asked for: it does where it has not found this plugin."""
-    backend = backend_of(llm)
-    if f"{backend.__module__}.{backend.__qualname__}" != BACKEND:
+    if (backend := backend_of(llm)) != BACKEND:
         raise SystemExit(
-            f"vLLM serves the model with {backend.__qualname__}, and not with FLASHMLA, which was asked for; "
-            "`vllm-flashmla doctor` says why"
+            f"vLLM serves the model with {backend}, expected {BACKEND}; `vllm-flashmla doctor` says why"
         )
 
 
@@ -119,6 +118,6 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table.add_row("pages used", f"{pages:,}, of {PAGE_SIZE} tokens each")
     table.add_row("vLLM", installed_version(*VLLM))
     table.add_row("device", describe(device))
-    table.add_row("backend", backend_of(llm).__qualname__)
+    table.add_row("backend", backend_of(llm))
     table.add_row("kernels", provider_for(device).name)
     return table

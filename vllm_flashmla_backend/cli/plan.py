@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from .. import LONGEST_DECODED
 from ..words import count
 from .results import require_heads
 
@@ -23,7 +24,6 @@ HELP = "draw which part of the GPU works on which pages of which sequence, in th
 
 HOPPER_SMS = 132
 LONGEST = 2**31 - 1  # lengths are int32
-LONGEST_QUERY = 128  # tokens; the backend decodes none of more
 MOST_PARTS = 65_536  # hundreds of times what a GPU runs at once
 WIDEST, NARROWEST = 60, 10  # columns of the longest part's bar
 LEGEND = "sequence[first:end) is that sequence's pages from first to before end; both count from 0"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--query-len",
         type=int,
         default=1,
-        help=f"query tokens of each sequence, say a token and its drafts, up to {LONGEST_QUERY} (default: 1)",
+        help=f"query tokens of each sequence, a token and its drafts, up to {LONGEST_DECODED} (default: 1)",
     )
     parser.add_argument(
         "--parts",
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
     lengths = parse_lengths(args.lens)
     require_heads(args.heads)
-    if not 1 <= args.query_len <= LONGEST_QUERY:
-        raise SystemExit(f"--query-len is {args.query_len}, expected 1 to {LONGEST_QUERY}")
+    if not 1 <= args.query_len <= LONGEST_DECODED:
+        raise SystemExit(f"--query-len is {args.query_len}, expected 1 to {LONGEST_DECODED}")
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len
@@ -79,11 +79,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(line, soft_wrap=True)
         print(LEGEND)
     if not args.parts:
-        blocks = schedule.ceil_div(rows, schedule.TILE_ROWS)
-        print(
-            f"{count(num_parts, 'part')} for {sms} SMs: {count(rows, 'query row')} in blocks of up to "
-            f"{schedule.TILE_ROWS} rows, so {count(blocks, 'SM')} to a part"
-        )
+        print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once, of {count(rows, 'query row')}")
     print(summary(work, lengths))
     return 0
 

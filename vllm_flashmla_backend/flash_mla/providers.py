@@ -194,6 +194,11 @@ CHOICES: dict[str, Callable[[torch.device], Provider]] = {
 }
 
 
+def chosen() -> str:
+    """What `VLLM_FLASHMLA_KERNELS` says; empty is unset."""
+    return os.environ.get(CHOICE_VARIABLE) or "auto"
+
+
 def provider_for(device: torch.device) -> Provider:
     """The kernels that run on `device`, as `VLLM_FLASHMLA_KERNELS` says.
 
@@ -202,7 +207,7 @@ def provider_for(device: torch.device) -> Provider:
     ValueError
         The variable holds no known choice, or its choice cannot run on this device.
     """
-    return _provider(os.environ.get(CHOICE_VARIABLE) or "auto", device)
+    return _provider(chosen(), device)
 
 
 @lru_cache
