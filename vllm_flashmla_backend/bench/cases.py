@@ -14,7 +14,7 @@ WORDS = re.compile(
     r"b=(?P<b>[0-9]+)( s_q=(?P<s_q>[0-9]+))? s_k=(?P<s_k>[0-9]+) h=(?P<h_q>[0-9]+)"
     rf"( (?P<lengths>{'|'.join(LENGTHS)}))?( (?P<dtype>bfloat16|float16))?"
 )
-MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 // LONG - 1  # lengths are int32
+MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 - 1  # tokens of all of them, whose numbers are int32
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Case:
             )
         words = {name: word for name, word in found.groupdict().items() if word}
         case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})
-        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k <= MOST_TOKENS
-        if not in_range or not 1 <= case.h_q <= 128:
+        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k and 1 <= case.h_q <= 128
+        if not in_range or sum(case.cache_seqlens()) > MOST_TOKENS:
             raise ValueError(
-                f"{text!r}, expected b from 1 to {MOST_SEQUENCES:,}, s_q from 1, s_k from s_q to "
-                f"{MOST_TOKENS:,}, h from 1 to 128"
+                f"{text!r}, expected b from 1 to {MOST_SEQUENCES:,}, s_q from 1, s_k from s_q, h from 1 to "
+                f"128, and up to {MOST_TOKENS:,} tokens in all"
             )
         return case
 
