@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from .. import BACKEND
 from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
+from ..words import count
 from .environment import VLLM, describe, installed_version
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def start_engine(model: Path) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # A thread that vLLM pins to a busy core waits there, and every other thread waits for it.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":  # the table is what counts
+        print("starting vLLM; with VLLM_LOGGING_LEVEL=INFO it says how", file=sys.stderr)
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -110,7 +114,8 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     lengths = [prompt.num_tokens for prompt in prompts]
     pages = sum(ceil_div(length + ANSWER_TOKENS, PAGE_SIZE) for length in lengths)
     table = Table(title="FLASHMLA demo", show_header=False)
-    table.add_row("answered right", f"{right} of {len(prompts)} prompts ({right / len(prompts):.1%})")
+    share = f"{right / len(prompts):.1%}"
+    table.add_row("answered right", f"{right} of {count(len(prompts), 'prompt')} ({share})")
     table.add_row("prompt lengths", f"{min(lengths):,} to {max(lengths):,} tokens")
     table.add_row(
         "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
