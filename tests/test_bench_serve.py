@@ -273,7 +273,7 @@ def test_rows_are_compared_by_the_gpus_time_where_all_have_it():
     with console.capture() as said:
         console.print(serve_report.summary(results(ours, peer)))
     assert "1.000 (2.00)" in said.get() and "at or ahead of the best peer in 1 of 1 row\n" in said.get()
-    assert "by whole steps, host included: at or ahead in 0 of 1 row" in said.get()
+    assert "by whole steps, host included: at or ahead in 0 of 1 row\n" in said.get()
     (mixed,) = serve_report.compare(results(ours, row("FLASHMLA", 1.9)))
     assert mixed.ratio == 1.9 / 2.0
 

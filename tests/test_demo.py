@@ -28,7 +28,7 @@ def test_demo_answers_right_and_ends_with_its_table():
 
 def test_demo_that_another_backend_would_serve_ends_before_it_asks(monkeypatch):
     others = type("FlashMLABackend", (), {"__module__": "vllm.flashmla"})  # vLLM's own has our class's name
-    layer = SimpleNamespace(attn_backend=others)
+    layer = SimpleNamespace(get_attn_backend=lambda: others)
     context = SimpleNamespace(static_forward_context={"layer": layer})
     config = SimpleNamespace(compilation_config=context)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))

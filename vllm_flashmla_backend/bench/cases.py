@@ -43,6 +43,8 @@ class Case:
         ValueError
             The text is no such case, or no call has its shape.
         """
+        from ..flash_mla.checks import MAX_HEADS  # here, for it loads torch, which --help does without
+
         found = WORDS.fullmatch(" ".join(text.split()))
         if found is None:
             raise ValueError(
@@ -51,11 +53,11 @@ class Case:
             )
         words = {name: word for name, word in found.groupdict().items() if word}
         case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})
-        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k and 1 <= case.h_q <= 128
+        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k and 1 <= case.h_q <= MAX_HEADS
         if not in_range or sum(case.cache_seqlens()) > MOST_TOKENS:
             raise ValueError(
                 f"{text!r}, expected b from 1 to {MOST_SEQUENCES:,}, s_q from 1, s_k from s_q, h from 1 to "
-                f"128, and up to {MOST_TOKENS:,} tokens in all"
+                f"{MAX_HEADS}, and up to {MOST_TOKENS:,} tokens in all"
             )
         return case
 

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..words import count
-from .cases import ALSO, GOAL_US, REGIMES
+from .cases import ALSO, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
@@ -178,19 +178,8 @@ def _explain(comparison: Comparison) -> str:
         return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
     best = comparison.best
     words = f"{comparison.ratio:.3f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
-    if comparison.ratio < comparison.targets.goal or comparison.goal_reached:
-        return words
-    return f"{words}; {_other_goal(comparison)}"
-
-
-def _other_goal(comparison: Comparison) -> str:
-    """What, besides the ratio, the goal asks for and ours does not reach."""
-    ours, targets = comparison.ours, comparison.targets
-    if ours["tflops"] < (targets.goal_tflops or 0):
-        return f"goal {targets.goal_tflops:g} TFLOP/s, ours {ours['tflops']:.0f}"
-    if ours["gbps"] < (targets.goal_gbps or 0):
-        return f"goal {targets.goal_gbps:g} GB/s, ours {ours['gbps']:.0f}"
-    return f"goal {GOAL_US[comparison.case]:g} µs"
+    missed = comparison.lacking if comparison.ratio >= comparison.targets.goal else None
+    return f"{words}; {missed}" if missed else words
 
 
 def _has(comparisons: list[Comparison], regime: str) -> bool:

@@ -32,6 +32,7 @@ from .serve import CPU_CACHE_BYTES, WARM_STEPS, Job
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.config import VllmConfig
 
 STRETCH = 4
 """Steps that are timed together: with asynchronous scheduling short and long ones may take turns."""
@@ -40,14 +41,19 @@ ENOUGH_STRETCHES = 3  # of a round, so that its median leaves out one that a lat
 LEAST_STRETCHES = 2  # where the row's time, or `--steps`, allows no round more
 
 
+def attention_class(vllm_config: VllmConfig) -> str:
+    """The dotted name of the class that serves the attention of the model that is loaded in this process."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    (backend,) = {layer.get_attn_backend() for layer in layers}
+    return f"{backend.__module__}.{backend.__qualname__}"
+
+
 class Worker:
     """Mixed into vLLM's worker, where the layers are."""
 
     def attention_class(self) -> str:
-        """The class that serves the model's attention."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        (backend,) = {layer.get_attn_backend() for layer in layers}
-        return f"{backend.__module__}.{backend.__qualname__}"
+        """The class that serves this worker's model."""
+        return attention_class(self.vllm_config)
 
     def watch_forward(self) -> None:
         """Time every forward pass from now on, where there is a GPU and a model runner that has this hook."""

@@ -138,17 +138,16 @@ def _table(
         title=f"ms a decode step of {count(layers, 'layer')}, the {timing(results)}{whole}\n"
         "ratio: best peer ÷ ours; * attention-bound"
     )
-    verdict = ("ratio", f"at least {MUST:.2f}")[: 1 + with_verdict]
-    for heading in ("h", "b", "context", *backends, *verdict):
+    for heading in ("h", "b", "context", *backends, "ratio", *[f"at least {MUST:.2f}"] * with_verdict):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, comparison in enumerate(comparisons):
         if index and comparison.h != comparisons[index - 1].h:
             table.add_section()
         cells = [_time(comparison, backend) for backend in backends]
         context = f"{comparison.context:,}{'*' if comparison.attention_bound else ' '}"
-        table.add_row(
-            f"{comparison.h}", f"{comparison.b}", context, *cells, *_verdict(comparison)[: len(verdict)]
-        )
+        ratio, reached = _verdict(comparison)
+        cells += [ratio, *[reached] * with_verdict]
+        table.add_row(f"{comparison.h}", f"{comparison.b}", context, *cells)
     return table
 
 

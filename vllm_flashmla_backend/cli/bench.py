@@ -22,16 +22,13 @@ HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Trit
 
 PEERS = ("flashmla", "fa3", "flashinfer", "triton")
 
-_OF_ALL = {"out", "commit", "plot"}
 OPTIONS = {
-    "bench": _OF_ALL | {"rows", "case", "peers", "repeat", "plots", "build_limit"},
-    "bench --serve": _OF_ALL
-    | {"serve", "plots", "backends", "heads", "batches", "contexts", "layers", "rounds", "steps"}
-    | {"row_seconds", "model"},
-    "bench --tails": _OF_ALL
-    | {"tails", "repeat", "heads", "layers", "model", "cached", "lengths", "markdown"},
+    "bench": {"rows", "case", "peers", "repeat", "plots", "build_limit"},
+    "bench --serve": bench_serve.OPTIONS,
+    "bench --tails": bench_tails.OPTIONS,
 }
-"""The options that each benchmark has."""
+"""The options of each benchmark, besides those that all have."""
+OF_ALL = {"out", "commit", "plot"}
 SHOWING = {"plot", "plots", "markdown", "serve", "tails"}
 """Of these, the ones that go with `--plot`, which measures nothing."""
 
@@ -108,7 +105,7 @@ def require_own_options(args: argparse.Namespace) -> None:
     if args.serve and args.tails:
         raise SystemExit("--serve and --tails are two benchmarks: expected one of them")
     command = "bench --serve" if args.serve else "bench --tails" if args.tails else "bench"
-    own = OPTIONS[command]
+    own = OPTIONS[command] | OF_ALL
     if args.plot:
         command, own = f"{command} --plot", own & SHOWING
     parser = argparse.ArgumentParser()

@@ -31,6 +31,11 @@ from .results import (
 ON_A_CPU = "--serve --layers 1 --heads 16 --batches 1,4 --contexts 1024 --rounds 2"
 
 
+_SHAPE = {"backends", "heads", "batches", "contexts", "layers", "model"}
+OPTIONS = _SHAPE | {"serve", "rounds", "steps", "row_seconds", "plots"}
+"""What `--serve` heeds, by the names of the parsed arguments, besides what all benchmarks do."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("whole vLLM")
     group.add_argument(

@@ -31,6 +31,10 @@ from .results import (
 ON_A_CPU = "--tails --layers 1 --heads 16 --cached 128 --lengths 1,8 --repeat 2"
 
 
+OPTIONS = {"tails", "cached", "lengths", "markdown", "heads", "layers", "model", "repeat"}
+"""What `--tails` heeds, by the names of the parsed arguments, besides what all benchmarks do."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prefix-cached tails")
     group.add_argument(

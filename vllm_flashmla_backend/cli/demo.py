@@ -79,16 +79,11 @@ def start_engine(model: Path) -> LLM:
     )
 
 
-def backend_of(llm: LLM) -> str:
-    """The dotted name of the class that serves the model's layers."""
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    backend = next(iter(layers.values())).attn_backend
-    return f"{backend.__module__}.{backend.__qualname__}"
-
-
 def require_flashmla(llm: LLM) -> None:
     """SystemExit where vLLM went past what was asked for: it does where it has not found this plugin."""
-    if (backend := backend_of(llm)) != BACKEND:
+    from ..bench.serve_engine import attention_class
+
+    if (backend := attention_class(llm.llm_engine.vllm_config)) != BACKEND:
         raise SystemExit(
             f"vLLM serves the model with {backend}, expected {BACKEND}; `vllm-flashmla doctor` says why"
         )
@@ -107,10 +102,12 @@ def answer(llm: LLM, prompts: list[RecallPrompt]) -> tuple[list[str], float]:
 
 def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -> Table:
     """The table that the demo ends with."""
+    from ..bench.serve_engine import attention_class
     from ..flash_mla.providers import provider_for
     from ..flash_mla.schedule import PAGE_SIZE, ceil_div
 
-    device = llm.llm_engine.vllm_config.device_config.device
+    config = llm.llm_engine.vllm_config
+    device = config.device_config.device
     lengths = [prompt.num_tokens for prompt in prompts]
     pages = sum(ceil_div(length + ANSWER_TOKENS, PAGE_SIZE) for length in lengths)
     table = Table(title="FLASHMLA demo", show_header=False)
@@ -123,6 +120,6 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table.add_row("pages used", f"{pages:,}, of {PAGE_SIZE} tokens each")
     table.add_row("vLLM", installed_version(*VLLM))
     table.add_row("device", describe(device))
-    table.add_row("backend", backend_of(llm))
+    table.add_row("backend", attention_class(config))
     table.add_row("kernels", provider_for(device).name)
     return table

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len
-    sms = num_sms()
+    sms = None if args.parts else num_sms()
     num_parts = args.parts or schedule.num_parts(sms, rows, 1)
     level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
     metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         for line in lines(work, bar_width(work, console.width) if console.is_terminal else WIDEST):
             console.print(line, soft_wrap=True)
         print(LEGEND)
-    if not args.parts:
+    if sms:
         print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once, of {count(rows, 'query row')}")
     print(summary(work, lengths))
     return 0
