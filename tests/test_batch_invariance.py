@@ -49,6 +49,8 @@ CASES = [
     Case((3000,) * 40, h_q=8, dtype=torch.float16),
     Case((20_000, 300), h_q=64),
     Case((700, 3000), s_q=8, h_q=128, causal=True),  # 16 tiles: few parts
+    Case((1100, 300, 700) * 50, h_q=16),  # more sequences than parts: most have one to themselves
+    Case((1100, 2100) * 40, h_q=80),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -99,6 +100,29 @@ def test_no_compiler_warns(compiler_logs):
     for source, log in compiler_logs.items():
         assert not COSTLY.search(log), f"{source}:\n{log}"
         assert "warning" not in log.lower(), f"{source}:\n{log}"
+
+
+@pytest.fixture(scope="module")
+def machine_code(wheel, tmp_path_factory) -> str:
+    """The library's machine code, by the disassembler that comes with CUDA or with Triton."""
+    places = [os.environ["PATH"]]
+    if triton := importlib.util.find_spec("triton"):
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join(places))
+    if cuobjdump is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no cuobjdump")
+    out = tmp_path_factory.mktemp("library")
+    library = zipfile.ZipFile(wheel).extract("vllm_flashmla_backend/flash_mla/_kernels.so", out)
+    return subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
+
+
+def test_merges_lie_within_64_kb_of_their_kernel(machine_code):
+    """What lies further behind takes 2 to 3 µs more when it is reached (csrc/sm90/NOTES.md, traps)."""
+    kernels = [code for code in machine_code.split("Function : ") if "decode_kernel" in code.split("\n")[0]]
+    assert len(kernels) == 8
+    for code in kernels:
+        loads = re.findall(r"/\*([0-9a-f]{4,5})\*/ .*LDG\.E\.128\.STRONG\.GPU", code)  # the merge's alone
+        assert loads and int(loads[-1], 16) < 0x10000, code.split("\n")[0]
 
 
 def test_host_warning_ends_the_build(wheel, tmp_path):

@@ -10,8 +10,7 @@ namespace mla {
 // Storage: the kernel's shared memory; State: what a consumer keeps from one split to the next.
 // Called are `init_barriers(shared)` by one thread, and by each consumer `consume(shared, tile, split,
 // consumer, state)` for each split and `merge(shared, tile, consumer)` after the last.
-template <typename Storage, typename State, Mode kMode, typename InitBarriers, typename Consume,
-          typename Merge>
+template <typename Storage, typename State, typename InitBarriers, typename Consume, typename Merge>
 __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& maps,
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
@@ -35,15 +34,14 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
         ptx::give_registers<kProducerRegisters>();
         if (thread != 2 * kWarpgroup) return;
         Loader<Storage> loader(params, maps, shared);
-        for_each_split<kMode>(params, shared.plan, tile,
-                              [&](const Split& split) { loader.load(tile, split); });
+        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(tile, split); });
         return;
     }
     ptx::take_registers<kConsumerRegisters>();
     State state;
     read_phases(params, shared.plan, shared.phases, warpgroup);
-    for_each_split<kMode>(params, shared.plan, tile,
-                          [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
+    for_each_split(params, shared.plan, tile,
+                   [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
     merge(shared, tile, warpgroup);
 }
 

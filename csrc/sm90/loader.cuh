@@ -28,7 +28,7 @@ class Loader {
         reads_little_ = is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
-            const bool with_query = page == split.page_begin && split.begins_piece;
+            const bool with_query = page == split.page_begin;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
             if (Storage::kQueryHasBarrier && with_query && is_first_) load_query(tile, query);

@@ -192,17 +192,4 @@ __device__ inline void merge_splits(const DecodeParams& params, const PartPlan& 
     }
 }
 
-// In the batch-invariant mode, merges all that the part has chunks of: one chunk after another.
-template <typename T>
-__device__ inline void merge_chunks(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
-                                    const RowTile& tile, int consumer) {
-    sync_consumers();  // what either stored is there for both
-    for_each_split<Mode::kBatchInvariant>(params, plan, tile, [&](const Split& chunk) {
-        const SplitPlace part(params, plan, chunk), place = SplitPlace::of_chunk(params, chunk);
-        if (!chunk.ends_piece || !place.is_partial()) return;
-        if (part.is_partial()) wait_for_all(params, plan, phases, chunk, part, consumer);
-        merge_wide<T, 4>(params, tile, chunk, place, part, consumer);
-    });
-}
-
 }  // namespace mla

@@ -97,6 +97,45 @@ __device__ inline void load_box_evict_first(void* smem, const CUtensorMap& map, 
         : "memory");
 }
 
+// `at + step`, but so that the compiler takes two instructions, where for each of many indices it takes
+// seven.
+template <typename T>
+__device__ inline T* further(T* at, int step) {
+    at += step;
+    asm("" : "+l"(at));
+    return at;
+}
+
+// How long lines shall stay in the L2: longer than others, no longer than these, or not at all.
+__device__ inline uint64_t evict_last() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ inline uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ inline uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ inline void store(float2* to, float2 value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(value.x), "f"(value.y),
+                 "l"(policy)
+                 : "memory");
+}
+__device__ inline float2 load(const float2* from, uint64_t policy) {
+    float2 value;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.f32 {%0, %1}, [%2], %3;"
+                 : "=f"(value.x), "=f"(value.y)
+                 : "l"(from), "l"(policy)
+                 : "memory");
+    return value;
+}
+
 // Orders this thread's ordinary accesses of shared memory before later ones by wgmma or the copy engine: what
 // it wrote is what these read, and what it read is not overwritten yet.
 __device__ inline void fence_async_proxy() {

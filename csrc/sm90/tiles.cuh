@@ -25,9 +25,6 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 constexpr int kMaxSharedBytes = 227 * 1024;  // a thread block's
 
-// How a block's share of the work is cut and merged.
-enum class Mode { kSplits, kBatchInvariant /* in chunks */ };
-
 constexpr int kConsumers = 2;                            // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 

@@ -53,39 +53,20 @@ struct QueryPlace {
           token(params.cu_seqlens_q ? max(0, min(params.cu_seqlens_q[seq], params.num_tokens)) : 0) {}
 };
 
-// One part's piece of one sequence: pages [page_begin, page_end), and how many query tokens it has. In the
-// batch-invariant mode, a chunk of that piece.
+// One part's piece of one sequence: pages [page_begin, page_end), and how many query tokens it has.
 struct Split {
     int seq;
     int seq_len;
     int page_begin;
     int page_end;
     int query_len;
-    bool begins_piece = true;
-    bool ends_piece = true;
 
     __device__ bool is_empty() const { return page_begin >= page_end; }
-    // Whether it is a piece in which no chunk begins, which only a plan for other lengths has.
-    __device__ bool is_idle() const { return is_empty() && seq_len > 0; }
     // Rows of the tile that hold a query: the first ones.
     __device__ int valid_rows(const DecodeParams& params, const RowTile& tile) const {
         return tile.rows(params, query_len);
     }
 };
-
-// Calls `work` on each chunk of a piece; on the piece itself, if it has no page.
-template <typename Work>
-__device__ inline void for_each_chunk(const DecodeParams& params, const Split& piece, Work&& work) {
-    const int log2 = chunk_log2(pages_of(piece.seq_len), params.chunk_level);
-    Split chunk = piece;
-    do {
-        chunk.page_end = min(piece.page_end, ((chunk.page_begin >> log2) + 1) << log2);
-        chunk.ends_piece = chunk.page_end == piece.page_end;
-        work(chunk);
-        chunk.begins_piece = false;
-        chunk.page_begin = chunk.page_end;
-    } while (chunk.page_begin < piece.page_end);
-}
 
 // How many query tokens a sequence has.
 __device__ inline int query_len_of(const DecodeParams& params, int seq) {
@@ -99,7 +80,7 @@ __device__ inline int query_len_of(const DecodeParams& params, int seq) {
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
 // as which blocks meet is up to the plan and to the lengths, which all of them see alike.
-template <Mode kMode, typename Work>
+template <typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
                                       Work&& work) {
     // uniform() tells the compiler that a warp's lanes stay together, all along the pages.
@@ -115,11 +96,7 @@ __device__ inline void for_each_split(const DecodeParams& params, const PartPlan
         split.page_end = ptx::uniform(seq == plan.last_seq ? min(pages, plan.last_page_end) : pages);
         split.query_len = query_len_of(params, seq);
         if (tile.first_token >= split.query_len) continue;
-        if constexpr (kMode == Mode::kBatchInvariant) {
-            for_each_chunk(params, split, work);
-        } else {
-            work(split);
-        }
+        work(split);
     }
 }
 
@@ -134,6 +111,8 @@ struct SplitPlace {
     int num_splits;
     int first_slot;  // of split 0
 
+    __device__ SplitPlace(int index, int num_splits, int first_slot)
+        : index(index), num_splits(num_splits), first_slot(first_slot) {}
     __device__ SplitPlace(const DecodeParams& params, const PartPlan& plan, const Split& split) {
         const bool is_first = split.seq == plan.first_seq;
         const int part = part_of_block(params);
@@ -144,19 +123,6 @@ struct SplitPlace {
         first_slot = max(0, min(first_slot, params.num_slots - num_splits));
     }
     __device__ bool is_partial() const { return num_splits > 1; }
-
-    // What a chunk is of its sequence, whichever part works on it. One without pages is the first.
-    __device__ static SplitPlace of_chunk(const DecodeParams& params, const Split& chunk) {
-        const int pages = pages_of(chunk.seq_len), log2 = chunk_log2(pages, params.chunk_level);
-        SplitPlace place;
-        place.index = chunk.page_begin >> log2;
-        place.num_splits = (pages + (1 << log2) - 1) >> log2;
-        place.first_slot = chunk.seq * params.chunks_per_seq;
-        return place;
-    }
-
-  private:
-    SplitPlace() = default;
 };
 
 // A query row: one head of one query token.

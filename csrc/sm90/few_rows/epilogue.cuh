@@ -116,9 +116,9 @@ __device__ inline void for_each_value(const Partial& partial, int rows, int cons
         for (int t = 0; t < kTilesHalfV; ++t)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float* at = group + (t * kTileColumns / kGroupColumns + h) * stride;
-                if (rows_left > 0) work(at, t, 4 * octet + 2 * h);
-                if (rows_left > 1) work(at + kGroupColumns, t, 4 * octet + 2 * h + 1);
+                if (rows_left > 0) work(group, t, 4 * octet + 2 * h);
+                if (rows_left > 1) work(group + kGroupColumns, t, 4 * octet + 2 * h + 1);
+                group = ptx::further(group, h == 0 ? stride : (kTileColumns / kGroupColumns - 1) * stride);
             }
     }
 }

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         merge_splits<T, 2, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
                                        shared.merge_scratch(consumer));
     };
-    run_block<Storage<kRows>, ConsumerState, Mode::kSplits>(params, maps, init_barriers<kRows>, consume_split,
-                                                            merge);
+    run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume_split, merge);
 }
 
 template <typename T>

@@ -29,16 +29,18 @@ __device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity
     wgmma::pin(scores);
 }
 
-// Starts output (64 x 256) += weights (64 x 64) v; v is four tiles of the page, its rows are tokens.
+// Starts output (64 x 256) = weights (64 x 64) v, added to what it was if `accumulate`; v is four tiles of
+// the page, its rows are tokens.
 template <typename T>
-__device__ inline void start_output(const uint32_t (&weights)[16], const void* v_tiles,
+__device__ inline void start_output(const uint32_t (&weights)[16], const void* v_tiles, bool accumulate,
                                     float (&output)[128]) {
     const uint32_t v = wgmma::descriptor(v_tiles, kTileBytes);
     wgmma::pin(output);
     wgmma::fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-        Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128));
+        Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128),
+                           accumulate || step > 0);
     wgmma::commit();
 }
 
@@ -48,9 +50,7 @@ __device__ inline void finish_output(float (&output)[128]) {
 }
 
 __device__ inline void rescale_output(float (&output)[128], float2 scale) {
-    if (!__any_sync(~0u, scale.x != 1.f || scale.y != 1.f)) return;
-#pragma unroll
-    for (int i = 0; i < 128; ++i) output[i] *= i / 2 % 2 == 0 ? scale.x : scale.y;
+    if (__any_sync(~0u, scale.x != 1.f || scale.y != 1.f)) scale_output(output, scale);
 }
 
 // The A fragments of 16 tokens are the scores' columns in the order in which they already lie.
@@ -106,11 +106,6 @@ __device__ inline float2 take_over_normalizer(Storage& shared, int stage, uint32
     return shared.normalizer[stage][threadIdx.x % kWarpgroup];
 }
 
-__device__ inline void clear(float (&output)[128]) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) output[i] = 0.f;
-}
-
 // What a consumer keeps from one split to the next.
 struct ConsumerState {
     RingPosition<kStages> stage;
@@ -118,10 +113,12 @@ struct ConsumerState {
 };
 
 // Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
-template <typename T, Mode kMode>
+// `at_end(softmax)` stores the rows' log-sum-exps and hands the factors that end the split over.
+template <typename T, typename AtEnd>
 __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Storage& shared,
                                                  const RowTile& tile, const Split& split,
-                                                 ConsumerState& state, float (&output)[128]) {
+                                                 ConsumerState& state, float (&output)[128], bool ends_query,
+                                                 AtEnd&& at_end) {
     OnlineSoftmax softmax(params.softmax_scale);
     float scores[32];
     uint32_t weights[16];
@@ -135,7 +132,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sto
         const bool is_last = page + 1 == split.page_end;
         compute_scores<T>(shared, slot, state.stage.parity, scores);
         sync_warpgroup(kLeft);  // no warp's scores read the rope tile now, and the weights may take its place
-        if (is_last && split.ends_piece) warp_arrive(&shared.q_empty);
+        if (is_last && ends_query) warp_arrive(&shared.q_empty);
 
         if (first_key + kPageSize > visible_to_all) mask_scores(scores, first_key, visible);
         const float2 scale = softmax.update(scores);
@@ -145,19 +142,14 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sto
         rescale_output(output, scale);
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(&shared.k[slot][0], split.seq_len - first_key, kLeft);
-        start_output<T>(weights, shared.k[slot][0], output);
+        start_output<T>(weights, shared.k[slot][0], page > split.page_begin, output);
         finish_output(output);
         if (is_last) break;  // the page is given back after the output is stored
         warp_arrive(&shared.pages.empty[slot][kLeftV]);
         state.stage.next();
     }
     softmax.finish();
-    if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
-    if constexpr (kMode == Mode::kBatchInvariant) {
-        if (!split.is_idle()) store_lse(params, SplitPlace::of_chunk(params, split), tile, split, softmax);
-    } else {
-        store_lse(params, SplitPlace(params, shared.plan, split), tile, split, softmax);
-    }
+    at_end(softmax);
     return softmax.normalizer();
 }
 
@@ -175,7 +167,7 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
         ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
-        start_output<T>(weights, v_tiles, output);
+        start_output<T>(weights, v_tiles, page > split.page_begin, output);
         // The copy engine may overwrite the weights' place once they have been written and read for good: the
         // products have the registers, and the fence orders this thread's reads before the engine's writes.
         ptx::fence_async_proxy();
@@ -195,59 +187,85 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
     const SplitPlace place(params, shared.plan, split);
     const bool is_joined = place.num_splits == 2 && is_merged_here(params, place, consumer);
     const bool is_mine = is_joined || !place.is_partial();
+    if (!is_joined) scale_output(output, scale);
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
-                      scale, consumer);
+                      consumer, [](float2* to, float2 values) { *to = values; });
     if (place.is_partial()) arrive(params, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
-        scale = add_other_split(params, tile, split, place, consumer, scale, output);
+        add_other_split(params, tile, split, place, consumer, scale, output);
     }
     if (!is_mine) return;
     if (split.is_empty()) {
         store_zeros<T>(params, tile, split, consumer);
     } else {
-        store_rows<T>(params, tile, split, output, scale, consumer, v_tiles);
+        store_rows<T>(params, tile, split, output, consumer, v_tiles);
     }
 }
 
-// The same in the batch-invariant mode: a chunk is merged only in memory, and in order.
+// A chunk's result to memory; or a sequence's, if the block has worked on all of it.
 template <typename T>
 __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                                    const Split& chunk, int consumer, uint8_t* v_tiles, float2 scale,
-                                    const float (&output)[128]) {
-    const SplitPlace part(params, shared.plan, chunk), place = SplitPlace::of_chunk(params, chunk);
-    if (place.is_partial()) {
-        if (!chunk.is_idle())
-            store_partial(Partial(params, tile, place, place.index), chunk.valid_rows(params, tile), output,
-                          scale, consumer);
-        if (part.is_partial() && chunk.ends_piece) arrive(params, part, consumer);
-    } else if (chunk.seq_len <= 0) {
-        store_zeros<T>(params, tile, chunk, consumer);
-    } else if (!chunk.is_idle()) {
-        store_rows<T>(params, tile, chunk, output, scale, consumer, v_tiles);
+                                    const Chunk& chunk, int consumer, ConsumerState& state, float2 scale,
+                                    float (&output)[128]) {
+    if (chunk.seq_len <= 0) store_zeros<T>(params, tile, chunk, consumer);
+    if (chunk.is_empty()) return;
+    const int slot = state.stage.slot;
+    scale_output(output, scale);
+    if (chunk.place.is_partial() && !chunk.completes_sequence()) {
+        store_chunk(params, tile, chunk, consumer, output);
+    } else {
+        if (chunk.place.is_partial()) add_other_chunks(params, tile, chunk, consumer, output);
+        store_rows<T>(params, tile, chunk, output, consumer, shared.k[slot][consumer * kTilesHalfV]);
     }
+    warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);
+    state.stage.next();
 }
 
 // A consumer's half of a split, from its pages to its result in memory.
-template <typename T, Mode kMode>
-__device__ inline void consume(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                               const Split& split, int consumer, ConsumerState& state) {
+template <typename T>
+__device__ inline void consume_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
+                                     const Split& split, int consumer, ConsumerState& state) {
     float output[128];
-    clear(output);
-    const float2 scale = consumer == kLeft
-                             ? consume_scores_and_left<T, kMode>(params, shared, tile, split, state, output)
-                             : consume_right<T>(shared, split, state, output);
+    const auto at_end = [&](const OnlineSoftmax& softmax) {
+        if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
+        store_lse(params, SplitPlace(params, shared.plan, split), tile, split, softmax);
+    };
+    const float2 scale = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, split, state,
+                                                                        output, true, at_end)
+                                           : consume_right<T>(shared, split, state, output);
     const int slot = state.stage.slot;
     uint8_t* v_tiles = shared.k[slot][consumer * kTilesHalfV];
-    if constexpr (kMode == Mode::kBatchInvariant) {
-        finish_chunk<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
-    } else {
-        finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
-    }
+    finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
     if (split.is_empty()) return;
     warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);
     state.stage.next();
+}
+
+// The same of a piece in the batch-invariant mode: chunk by chunk, and these are merged in order.
+template <typename T>
+__device__ inline void consume_chunks(const DecodeParams& params, Storage& shared, const RowTile& tile,
+                                      const Split& piece, int consumer, ConsumerState& state) {
+    for_each_chunk(params, shared.plan, piece, [&](const Chunk& chunk) {
+        float output[128] = {};  // else the compiler keeps the chunk's before
+        const auto at_end = [&](const OnlineSoftmax& softmax) {
+            const auto hand_over = [&] {
+                if (!chunk.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
+            };
+            // Where a sequence is complete, the other consumer reads at once what is stored here.
+            if (!chunk.completes_sequence()) hand_over();
+            if (!chunk.is_idle()) store_lse(params, chunk.place, tile, chunk, softmax);
+            if (chunk.completes_sequence()) hand_over();
+        };
+        const float2 scale = consumer == kLeft
+                                 ? consume_scores_and_left<T>(params, shared, tile, chunk, state, output,
+                                                              chunk.ends_piece, at_end)
+                                 : consume_right<T>(shared, chunk, state, output);
+        finish_chunk<T>(params, shared, tile, chunk, consumer, state, scale, output);
+        if (!chunk.is_all_here && chunk.ends_piece)
+            arrive(params, SplitPlace(params, shared.plan, piece), consumer);
+    });
 }
 
 }  // namespace mla::many_rows

@@ -8,6 +8,9 @@
 
 namespace mla {
 namespace many_rows {
+
+enum class Mode { kSplits, kBatchInvariant };
+
 namespace {
 
 __device__ void init_barriers(Storage& shared) {
@@ -23,9 +26,13 @@ __device__ void init_barriers(Storage& shared) {
 template <typename T, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
-    const auto consume_split = [&](Storage& shared, const RowTile& tile, const Split& split, int consumer,
-                                   ConsumerState& state) {
-        consume<T, kMode>(params, shared, tile, split, consumer, state);
+    const auto consume = [&](Storage& shared, const RowTile& tile, const Split& split, int consumer,
+                             ConsumerState& state) {
+        if constexpr (kMode == Mode::kBatchInvariant) {
+            consume_chunks<T>(params, shared, tile, split, consumer, state);
+        } else {
+            consume_split<T>(params, shared, tile, split, consumer, state);
+        }
     };
     const auto merge = [&](Storage& shared, const RowTile& tile, int consumer) {
         if constexpr (kMode == Mode::kBatchInvariant) {
@@ -36,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                            shared.merge_scratch(consumer));
         }
     };
-    run_block<Storage, ConsumerState, kMode>(params, maps, init_barriers, consume_split, merge);
+    run_block<Storage, ConsumerState>(params, maps, init_barriers, consume, merge);
 }
 
 template <typename T>

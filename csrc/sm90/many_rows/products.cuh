@@ -44,17 +44,20 @@ struct Product;
           : MLA_ACC32(0)                                                                                    \
           : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)));                                             \
     }                                                                                                       \
-    /* d (64, 256) += a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */    \
-    __device__ static void output(float (&d)[128], const uint32_t* a, uint32_t b) {                         \
+/* d (64, 256) = a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */     \
+    __device__ static void output(float (&d)[128], const uint32_t* a, uint32_t b, bool accumulate) {        \
       asm volatile(                                                                                         \
           "{\n"                                                                                             \
+          ".reg .pred accumulate;\n"                                                                        \
           ".reg .b64 b;\n"                                                                                  \
           "mov.b64 b, {%132, 0x40000040};\n"                                                                \
+          "setp.ne.b32 accumulate, %133, 0;\n"                                                              \
           "wgmma.mma_async.sync.aligned.m64n256k16.f32." PTX_TYPE "." PTX_TYPE                              \
-          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127 "}, {%128, %129, %130, %131}, b, 1, 1, 1, 1;\n" \
+          " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_127                                                 \
+          "}, {%128, %129, %130, %131}, b, accumulate, 1, 1, 1;\n"                                          \
           "}\n"                                                                                             \
           : MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)                                       \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                            \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(accumulate)));         \
     }                                                                                                       \
   };
 

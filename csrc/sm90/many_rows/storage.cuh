@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arrivals.cuh"
+#include "../chunks.cuh"
 #include "../merge.cuh"
 #include "../tiles.cuh"
 
