@@ -86,6 +86,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
     constexpr int kUnroll = 2;  // chunks whose loads are under way together
     const Partial first(params, tile, place, 0);
     const int chunks = place.num_splits;
+    const uint64_t read_once = ptx::evict_first();
     const int lane = threadIdx.x % 16;
     const int row_of_octet = min(lane / 2, first.octet_rows(octet) - 1);  // past a cut octet's end the last
     const int vector_stride = 2 * first.group_stride(octet);
@@ -104,8 +105,10 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
             lse[i] = __ldcg(lse_row + at * params.partial_rows);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v)
-                value[i][v] = __ldcg(reinterpret_cast<const float4*>(
-                    out + at * static_cast<int64_t>(params.partial_rows) * kHeadDimV + v * vector_stride));
+                value[i][v] = ptx::load(
+                    reinterpret_cast<const float4*>(
+                        out + at * static_cast<int64_t>(params.partial_rows) * kHeadDimV + v * vector_stride),
+                    read_once);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {

@@ -106,15 +106,10 @@ __device__ inline T* further(T* at, int step) {
     return at;
 }
 
-// How long lines shall stay in the L2: longer than others, no longer than these, or not at all.
+// How long lines shall stay in the L2: longer than others, or not at all.
 __device__ inline uint64_t evict_last() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ inline uint64_t evict_normal() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 __device__ inline uint64_t evict_first() {
@@ -129,8 +124,16 @@ __device__ inline void store(float2* to, float2 value, uint64_t policy) {
 }
 __device__ inline float2 load(const float2* from, uint64_t policy) {
     float2 value;
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.f32 {%0, %1}, [%2], %3;"
+    asm volatile("ld.relaxed.gpu.global.L2::cache_hint.v2.f32 {%0, %1}, [%2], %3;"
                  : "=f"(value.x), "=f"(value.y)
+                 : "l"(from), "l"(policy)
+                 : "memory");
+    return value;
+}
+__device__ inline float4 load(const float4* from, uint64_t policy) {
+    float4 value;
+    asm volatile("ld.relaxed.gpu.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
                  : "l"(from), "l"(policy)
                  : "memory");
     return value;

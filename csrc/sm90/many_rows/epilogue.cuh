@@ -123,12 +123,12 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
     }
 }
 
-// Stores a chunk for the merge. If that is this block's, many pages pass through the L2 before.
+// Stores a chunk for the merge, before which many pages pass through the L2.
 __device__ inline void store_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                    int consumer, const float (&output)[128]) {
-    const uint64_t policy = chunk.is_all_here ? ptx::evict_last() : ptx::evict_normal();
+    const uint64_t kept = ptx::evict_last();
     store_partial(Partial(params, tile, chunk.place, chunk.place.index), chunk.valid_rows(params, tile),
-                  output, consumer, [&](float2* to, float2 values) { ptx::store(to, values, policy); });
+                  output, consumer, [&](float2* to, float2 values) { ptx::store(to, values, kept); });
 }
 
 // Adds all earlier chunks of a sequence, which these very threads have stored, to the last one's `output`.
