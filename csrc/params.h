@@ -110,7 +110,7 @@ __host__ __device__ inline int pages_of(int seq_len) {
 // The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.
 // Their length is the same wherever the sequence is decoded, and a power of two: about the root of its pages
 // at level 1, twice as much at level 2. Returns the power.
-__host__ __device__ inline int chunk_log2(int pages, int level) {
+__host__ __device__ constexpr int chunk_log2(int pages, int level) {
     return (std::bit_width(static_cast<unsigned>(pages > 1 ? pages - 1 : 0)) + 1) / 2 + level - 1;
 }
 

@@ -23,7 +23,7 @@ BATCH_INVARIANT = [
     Case((0, 1, 64, 1000, 3000), h_q=16),
     Case((5000, 300), s_q=2, h_q=80, causal=True),
     Case((2500, 300), h_q=20),
-    Case((300,) * 140, h_q=20),  # whole sequences of several chunks, one right behind the other
+    Case((300,) * 264, h_q=20),  # whole sequences of several chunks, one right behind the other
 ]
 RAGGED = Case((700, 65, 3), s_q=5, h_q=20, causal=True)
 

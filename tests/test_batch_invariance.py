@@ -5,6 +5,7 @@ Sequences of thousands of tokens, for short ones are never split and prove nothi
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -35,10 +36,13 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     _fill,
     ceil_div,
     num_pages,
+    num_parts,
     plan,
     splits_of,
 )
 
+# More sequences than parts, of several chunks each.
+MANY = [Case((1100, 300, 700) * 150, h_q=16), Case((300, 1100, 700) * 100, h_q=80)]
 LEVELS = st.sampled_from([1, 2])
 MIXED = (2500, 0, 4100, 1, 64, 9000, 65, 1000, 257)
 CASES = [
@@ -49,8 +53,7 @@ CASES = [
     Case((3000,) * 40, h_q=8, dtype=torch.float16),
     Case((20_000, 300), h_q=64),
     Case((700, 3000), s_q=8, h_q=128, causal=True),  # 16 tiles: few parts
-    Case((1100, 300, 700) * 50, h_q=16),  # more sequences than parts: most have one to themselves
-    Case((1100, 2100) * 40, h_q=80),
+    *MANY,
 ]
 
 
@@ -89,12 +92,26 @@ def test_the_default_mode_does_not_have_the_same_bits(device):
     assert not torch.equal(alone[0][0], run(case, inputs)[0][0])
 
 
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_parts_of_an_h100_have_several_whole_sequences_of_several_chunks(case):
+    """What MANY is for: a part keeps the chunks of such sequences in one place, one after the other."""
+    level, parts = chunk_level(case.h_q), num_parts(132, case.h_q, 1)
+    here = Counter(
+        split.part
+        for split in splits_of(plan(case.lengths, parts, level)[0], case.lengths)
+        if split.splits == 1 and num_chunks(num_pages(case.lengths[split.seq]), level) > 1
+    )
+    assert max(here.values()) > 1
+
+
+@pytest.mark.parametrize("lengths", [(2500, 4100, 64), (2500, 4100, 64) * 60], ids=["few", "many"])
 @pytest.mark.parametrize("h_q", [5, 16])
-def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(h_q, device):
-    case = Case((2500, 4100, 64), s_q=4, h_q=h_q, causal=True)
+def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(h_q, lengths, device):
+    case = Case(lengths, s_q=4, h_q=h_q, causal=True)
     inputs = make_inputs(case, device)
-    together = run_ragged(case, inputs, (3, 1, 4), batch_invariant=True)
-    for seq, query_len in enumerate((3, 1, 4)):
+    query_lens = (3, 1, 4) * (len(lengths) // 3)
+    together = run_ragged(case, inputs, query_lens, batch_invariant=True)
+    for seq, query_len in enumerate(query_lens[:3]):
         one = replace(case, lengths=case.lengths[seq : seq + 1], s_q=query_len)
         alone = run_ragged(one, one_of(inputs, [seq]), (query_len,), batch_invariant=True)[0]
         assert torch.equal(alone[0], together[seq][0])

@@ -39,9 +39,12 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const PartPlan
                                       Work&& work) {
     const bool is_all_here = !SplitPlace(params, plan, piece).is_partial();
     // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of a
-    // part share the place of the first of them, which so stays in the L2.
+    // part share the place of the first of them, which so stays in the L2. A consumer may still read the
+    // log-sum-exps of one when the other stores the next one's: not before that one's second page, the place
+    // of which in shared memory was free only after the reading.
+    static_assert(kStages <= 2 && chunk_log2(2, 1) >= 1, "chunks that others follow have kStages pages");
     const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
-    const int kept_at = is_all_here ? min(first_here, piece.seq) : piece.seq;
+    const int kept_at = is_all_here ? min(first_here, piece.seq) : piece.seq;  // more: in a foreign plan
     const int log2 = chunk_log2(pages_of(piece.seq_len), params.chunk_level);
     Chunk chunk{piece, true, is_all_here, first_chunk_of(params, piece, kept_at)};
     do {
@@ -53,7 +56,8 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const PartPlan
     } while (chunk.page_begin < piece.page_end);
 }
 
-// A row's chunks so far: their sum counts relative to exp(max), and weighs `weight`.
+// A row's chunks so far: their sum counts relative to exp(max), and weighs `weight`. One in which the row saw
+// no key counts nothing, unless its values are no numbers: so it is within a chunk, too.
 struct ChunkSum {
     float max = -INFINITY;
     float weight = 0.f;

@@ -72,11 +72,6 @@ __device__ inline void warp_arrive(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
 }
 
-// Waits for both consumer warpgroups.
-__device__ inline void sync_consumers() {
-    asm volatile("barrier.cta.sync %0, %1;" ::"n"(kConsumers + 1), "n"(kConsumers * kWarpgroup) : "memory");
-}
-
 // A ring of barriers: which slot, and the parity of the round. `wait` before use, `next` after.
 template <int kSlots>
 struct RingPosition {

@@ -18,7 +18,7 @@ namespace mla::few_rows {
 template <int kRows>
 using HalfOutput = float[kTilesHalfV][kRows / 2];
 
-// Waits for both consumers, as sync_consumers does, by a barrier that racecheck can follow.
+// Waits for both consumers, by an mbarrier, for racecheck does not follow a named barrier of both.
 template <int kRows>
 __device__ inline void meet(Storage<kRows>& shared, uint32_t& parity) {
     ptx::barrier_arrive(&shared.meeting);

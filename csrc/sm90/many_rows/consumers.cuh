@@ -139,7 +139,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sto
         pack_weights<T>(scores, weights);
         hand_over(shared, slot, weights, scale);
 
-        rescale_output(output, scale);
+        rescale_output(output, scale);  // at the first page what is there does not count: no branch for that
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(&shared.k[slot][0], split.seq_len - first_key, kLeft);
         start_output<T>(weights, shared.k[slot][0], page > split.page_begin, output);
@@ -248,15 +248,15 @@ template <typename T>
 __device__ inline void consume_chunks(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                       const Split& piece, int consumer, ConsumerState& state) {
     for_each_chunk(params, shared.plan, piece, [&](const Chunk& chunk) {
-        float output[128] = {};  // else the compiler keeps the chunk's before
+        float output[128] = {};  // else the values of the chunk before stay alive
         const auto at_end = [&](const OnlineSoftmax& softmax) {
-            const auto hand_over = [&] {
+            const auto hand_over_end = [&] {
                 if (!chunk.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
             };
             // Where a sequence is complete, the other consumer reads at once what is stored here.
-            if (!chunk.completes_sequence()) hand_over();
+            if (!chunk.completes_sequence()) hand_over_end();
             if (!chunk.is_idle()) store_lse(params, chunk.place, tile, chunk, softmax);
-            if (chunk.completes_sequence()) hand_over();
+            if (chunk.completes_sequence()) hand_over_end();
         };
         const float2 scale = consumer == kLeft
                                  ? consume_scores_and_left<T>(params, shared, tile, chunk, state, output,

@@ -165,7 +165,7 @@ __device__ inline void add_other_chunks(const DecodeParams& params, const RowTil
                 total[1] = of_other(total[1], value.y);
             }
             lse += params.partial_rows;
-            at += params.partial_rows * kHeadDimV / 2;
+            at += static_cast<int64_t>(params.partial_rows) * (kHeadDimV / 2);
         }
         (h == 0 ? scale.x : scale.y) = sum.inverse();
         if (consumer == kLeft && lane % 4 == 0)

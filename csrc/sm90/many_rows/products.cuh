@@ -44,7 +44,7 @@ struct Product;
           : MLA_ACC32(0)                                                                                    \
           : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)));                                             \
     }                                                                                                       \
-/* d (64, 256) = a (64, 16) b (16, 256): a in registers, b in shared memory with a row per token */     \
+    /* d (64, 256) = a (64, 16) b (16, 256), a in registers, b a row per token; added to d if `accumulate` */\
     __device__ static void output(float (&d)[128], const uint32_t* a, uint32_t b, bool accumulate) {        \
       asm volatile(                                                                                         \
           "{\n"                                                                                             \
