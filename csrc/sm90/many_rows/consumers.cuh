@@ -112,6 +112,12 @@ struct ConsumerState {
     uint32_t normalizer_parities = 0;
 };
 
+// Gives a consumer's half of V of the stage's page back.
+__device__ inline void give_back_page(Storage& shared, int consumer, ConsumerState& state) {
+    warp_arrive(&shared.pages.empty[state.stage.slot][consumer == kLeft ? kLeftV : kRightV]);
+    state.stage.next();
+}
+
 // Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
 // `at_end(softmax)` stores the rows' log-sum-exps and hands the factors that end the split over.
 template <typename T, typename AtEnd>
@@ -145,8 +151,7 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sto
         start_output<T>(weights, shared.k[slot][0], page > split.page_begin, output);
         finish_output(output);
         if (is_last) break;  // the page is given back after the output is stored
-        warp_arrive(&shared.pages.empty[slot][kLeftV]);
-        state.stage.next();
+        give_back_page(shared, kLeft, state);
     }
     softmax.finish();
     at_end(softmax);
@@ -174,8 +179,7 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
         warp_arrive(&shared.pages.empty[slot][kRope]);
         finish_output(output);
         if (page + 1 == split.page_end) return take_over_normalizer(shared, slot, state.normalizer_parities);
-        warp_arrive(&shared.pages.empty[slot][kRightV]);
-        state.stage.next();
+        give_back_page(shared, kRight, state);
     }
 }
 
@@ -219,8 +223,7 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
         if (chunk.place.is_partial()) add_other_chunks(params, tile, chunk, consumer, output);
         store_rows<T>(params, tile, chunk, output, consumer, shared.k[slot][consumer * kTilesHalfV]);
     }
-    warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);
-    state.stage.next();
+    give_back_page(shared, consumer, state);
 }
 
 // A consumer's half of a split, from its pages to its result in memory.
@@ -239,8 +242,7 @@ __device__ inline void consume_split(const DecodeParams& params, Storage& shared
     uint8_t* v_tiles = shared.k[slot][consumer * kTilesHalfV];
     finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
     if (split.is_empty()) return;
-    warp_arrive(&shared.pages.empty[slot][consumer == kLeft ? kLeftV : kRightV]);
-    state.stage.next();
+    give_back_page(shared, consumer, state);
 }
 
 // The same of a piece in the batch-invariant mode: chunk by chunk, and these are merged in order.
