@@ -81,8 +81,8 @@ struct DecodeParams {
     int kernel_rows;                   // query rows for which the kernel has room
     int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
-    uint64_t inverse_tiles_per_token;  // 2^32 / tiles_per_token, rounded up; likewise
-    uint64_t inverse_kv_heads;
+    uint32_t inverse_tiles_per_token;  // 2^31 / tiles_per_token, rounded up; likewise
+    uint32_t inverse_kv_heads;
     int num_row_tiles;   // over all KV heads
     int first_row_tile;  // of this launch
     int arrivals_slot;   // which of the kernel's sets of arrival counters this launch uses
@@ -104,7 +104,7 @@ struct DecodeMaps {
 
 // Pages of a sequence; a negative length counts as none.
 __host__ __device__ inline int pages_of(int seq_len) {
-    return seq_len <= 0 ? 0 : (seq_len - 1) / kPageSize + 1;
+    return seq_len <= 0 ? 0 : (static_cast<unsigned>(seq_len) - 1) / kPageSize + 1;
 }
 
 // The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.

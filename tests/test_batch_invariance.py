@@ -80,6 +80,22 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(case, device):
         assert torch.equal(alone[1], together[1][seqs])
 
 
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_a_chunk_may_outweigh_all_before_it(case, device):
+    """Where weights grow from page to page, what is summed up is rescaled, whoever has the chunks before."""
+    inputs = make_inputs(case, device)
+    for seq, length in enumerate(case.lengths):
+        pages = inputs.block_table[seq, : num_pages(length)].long()  # (pages of the sequence,)
+        growth = torch.arange(1, len(pages) + 1, device=device)[:, None, None, None]
+        inputs.k_cache[pages] *= growth.to(inputs.k_cache.dtype)
+    together = run(case, inputs, batch_invariant=True)
+    assert_agree(together, expected(case, inputs))
+    for seq in range(9):
+        alone = run(replace(case, lengths=case.lengths[seq : seq + 1]), one_of(inputs, [seq]), True)
+        assert torch.equal(alone[0][0], together[0][seq])
+        assert torch.equal(alone[1][0], together[1][seq])
+
+
 def test_the_default_mode_does_not_have_the_same_bits(device):
     """What the test above would miss if the mode made no difference.
 

@@ -116,15 +116,16 @@ def machine_code(wheel, tmp_path_factory) -> str:
     return subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
 
 
-def test_merges_end_within_64_kb_of_their_kernel(machine_code):
+def test_decode_kernels_lie_within_64_kb(machine_code):
     """What lies further behind takes 2 to 3 µs more when it is reached (csrc/sm90/NOTES.md, traps)."""
     kernels = [code for code in machine_code.split("Function : ") if "decode_kernel" in code.split("\n")[0]]
     assert len(kernels) == 8
     for code in kernels:
         name = code.split("\n")[0]
-        consumers = code.split("USETMAXREG.DEALLOC")[0]  # the producer gives registers back
-        end = int(re.findall(r"/\*([0-9a-f]{4,5})\*/ +EXIT", consumers)[-1], 16)
-        assert end < (0x10400 if "ModeE1" in name else 0x10000), name  # batch-invariant: a bit more
+        if "ModeE1" in name:  # batch-invariant: the consumers alone; the producer gives registers back
+            code = code.split("USETMAXREG.DEALLOC")[0]
+        *_, (end, _) = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?!NOP)(\S+)", code)
+        assert int(end, 16) < 0x10000, name
 
 
 def test_host_warning_ends_the_build(wheel, tmp_path):

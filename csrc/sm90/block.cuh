@@ -18,7 +18,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     const RowTile tile(params, params.first_row_tile + blockIdx.x);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
     if (thread == 0) {
-        shared.plan = params.parts[part_of_block(params)];
+        shared.plan = BlockPlan(params);
     } else if (thread == kWarpgroup) {
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
@@ -33,8 +33,8 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     if (warpgroup == kConsumers) {
         ptx::give_registers<kProducerRegisters>();
         if (thread != 2 * kWarpgroup) return;
-        Loader<Storage> loader(params, maps, shared);
-        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(tile, split); });
+        Loader<Storage> loader(params, maps, shared, tile);
+        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(split); });
         return;
     }
     ptx::take_registers<kConsumerRegisters>();

@@ -17,30 +17,43 @@ constexpr int kLittlePages = 32;
 template <typename Storage>
 class Loader {
   public:
-    __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared)
-        : params_(params), maps_(maps), shared_(shared) {}
+    // Asks for what does not depend on the first sequence's length, while that comes.
+    __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared,
+                      const RowTile& tile)
+        : params_(params), maps_(maps), shared_(shared), tile_(tile) {
+        const int seq = shared.plan.first_seq, page = shared.plan.first_page;
+        if (seq < 0 || seq >= params.batch || page < 0 || page >= params.max_pages) return;
+        first_index_ = params.block_table[seq * params.block_table_stride + page];
+        // The query to the L2, by one of the blocks that share it. A ragged one lies behind another trip.
+        if (page == 0 && !params.cu_seqlens_q) prefetch_query(seq);
+    }
 
     // A split's query and its pages, each page as soon as the consumers give its place back.
-    __device__ void load(const RowTile& tile, const Split& split) {
+    __device__ void load(const Split& split) {
         const int* table = params_.block_table + split.seq * params_.block_table_stride;
-        int page_index = split.is_empty() ? 0 : table[split.page_begin];
-        const QueryPlace query(params_, split.seq);
+        int page_index = first_index_;
+        if (pages_asked_for_ > 0 || split.seq != shared_.plan.first_seq)
+            page_index = split.is_empty() ? 0 : table[split.page_begin];
         reads_little_ = is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
-            const bool with_query = page == split.page_begin;
+            const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
-            if (Storage::kQueryHasBarrier && with_query && is_first_) load_query(tile, query);
-            load_group<kRope>(tile, page_index, with_query, query);
-            load_group<kLeftV>(tile, page_index, with_query, query);
-            load_group<kRightV>(tile, page_index, with_query, query);
-            if (with_query && !is_first_) {
+            if (Storage::kQueryHasBarrier && is_first) load_query(split.query);
+            // All wait for the first page, which a second one would delay. Where only one block reads a page,
+            // memory is too busy to be left alone for so long.
+            if (!Storage::kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
+                ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
+            load_group<kRope>(page_index, with_query, split.query);
+            load_group<kLeftV>(page_index, with_query, split.query);
+            load_group<kRightV>(page_index, with_query, split.query);
+            if (with_query && !is_first) {
                 ptx::barrier_wait(&shared_.q_empty, q_round_.parity);
                 q_round_.next();
-                load_query(tile, query);
+                load_query(split.query);
             }
-            is_first_ = false;
+            ++pages_asked_for_;
             page_index = next_index;
             stage_.next();
         }
@@ -57,20 +70,19 @@ class Loader {
     // A group of the page's tiles. A query without a barrier of its own counts under theirs; its tiles are
     // asked for here if it is the block's first, else by `load`.
     template <TileGroup kGroup>
-    __device__ void load_group(const RowTile& tile, int page_index, bool with_query,
-                               const QueryPlace& query) {
+    __device__ void load_group(int page_index, bool with_query, const Query& query) {
         constexpr int kFirst = first_tile(kGroup);
         ptx::barrier_wait(&shared_.pages.empty[stage_.slot][kGroup], stage_.parity ^ 1);
         const bool together = with_query && !Storage::kQueryHasBarrier;
         const int query_bytes = together ? query_tile_bytes() : 0;
         ptx::barrier_arrive_expect(full(kGroup), tiles_in(kGroup) * (kTileBytes + query_bytes));
-        if (together && is_first_) load_query_group<kGroup>(tile, query);
+        if (together && pages_asked_for_ == 0) load_query_group<kGroup>(query);
         const CUtensorMap& map = kGroup == kRope ? maps_.k_rope : maps_.k_half;
         if (reads_little_) {
-            ptx::load_box_evict_first(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile.kv_head,
+            ptx::load_box_evict_first(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head,
                                       kFirst, page_index);
         } else {
-            ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile.kv_head, kFirst,
+            ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head, kFirst,
                           page_index);
         }
     }
@@ -81,31 +93,40 @@ class Loader {
         return params_.heads_per_tile * params_.tokens_per_tile * kRowBytes;
     }
 
-    __device__ void load_query(const RowTile& tile, const QueryPlace& query) {
+    __device__ void load_query(const Query& query) {
         if constexpr (Storage::kQueryHasBarrier)
             ptx::barrier_arrive_expect(&shared_.q_full, kTiles * query_tile_bytes());
-        load_query_group<kRope>(tile, query);
-        load_query_group<kLeftV>(tile, query);
-        load_query_group<kRightV>(tile, query);
+        load_query_group<kRope>(query);
+        load_query_group<kLeftV>(query);
+        load_query_group<kRightV>(query);
+    }
+
+    __device__ void prefetch_query(int seq) {
+        ptx::prefetch_box(maps_.q_pe, tile_.first_head, tile_.first_token, 0, seq);
+#pragma unroll 1
+        for (int t = 0; t < kTilesV; t += params_.query_box_tiles)
+            ptx::prefetch_box(maps_.q_nope, tile_.first_head, tile_.first_token, t, seq);
     }
 
     template <TileGroup kGroup>
-    __device__ void load_query_group(const RowTile& tile, const QueryPlace& query) {
+    __device__ void load_query_group(const Query& query) {
         uint64_t* barrier = full(kGroup);
         if constexpr (Storage::kQueryHasBarrier) barrier = &shared_.q_full;
 #pragma unroll 1
         for (int t = 0; t < tiles_in(kGroup); t += params_.query_box_tiles)
             ptx::load_box(shared_.q[first_tile(kGroup) + t], kGroup == kRope ? maps_.q_pe : maps_.q_nope,
-                          barrier, tile.first_head, query.token + tile.first_token,
+                          barrier, tile_.first_head, query.token + tile_.first_token,
                           kGroup == kRope ? 0 : first_tile(kGroup) + t, query.batch);
     }
 
     const DecodeParams& params_;
     const DecodeMaps& maps_;
     Storage& shared_;
+    const RowTile& tile_;
     RingPosition<kStages> stage_;
     RingPosition<1> q_round_;  // of q_empty
-    bool is_first_ = true;
+    int pages_asked_for_ = 0;
+    int first_index_ = 0;
     bool reads_little_;
 };
 

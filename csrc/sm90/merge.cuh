@@ -22,29 +22,33 @@ struct MergeState {
     float4 sum[kVectors] = {};
     float max = -INFINITY;
     float weight = 0.f;
+
+    // Makes all relative to a maximum that is no less than `other`.
+    __device__ void raise_to(float other) {
+        const float before = max;
+        max = fmaxf(max, other);
+        if (max == -INFINITY) return;  // nothing is summed up
+        const float keep = ptx::exp2_approx((before - max) * kLog2E);
+        weight *= keep;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+            sum[v] = make_float4(sum[v].x * keep, sum[v].y * keep, sum[v].z * keep, sum[v].w * keep);
+    }
+    // Adds splits whose weight is of_lse * exp(lse), relative to which their values are summed up. No lse may
+    // be more than the maximum.
+    __device__ void add(float lse, float of_lse, const float4 (&value)[kVectors]) {
+        if (lse == -INFINITY) return;  // saw no key
+        const float take = ptx::exp2_approx((lse - max) * kLog2E);
+        weight += of_lse * take;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+            sum[v] = make_float4(sum[v].x + value[v].x * take, sum[v].y + value[v].y * take,
+                                 sum[v].z + value[v].z * take, sum[v].w + value[v].w * take);
+    }
 };
 
 // Where a consumer's warps put merged splits together, all but the first one's.
 using MergeScratch = MergeState<1>[kWarpgroup - 32];
-
-// Adds splits whose weight is weight * exp(lse), relative to which their values are summed up.
-template <int kVectors>
-__device__ inline void add(MergeState<kVectors>& state, float lse, float weight,
-                           const float4 (&value)[kVectors]) {
-    if (lse == -INFINITY) return;  // saw no key
-    const float max = fmaxf(state.max, lse);
-    const float keep = ptx::exp2_approx((state.max - max) * kLog2E);
-    const float take = ptx::exp2_approx((lse - max) * kLog2E);
-    state.max = max;
-    state.weight = state.weight * keep + weight * take;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        state.sum[v].x = state.sum[v].x * keep + value[v].x * take;
-        state.sum[v].y = state.sum[v].y * keep + value[v].y * take;
-        state.sum[v].z = state.sum[v].z * keep + value[v].z * take;
-        state.sum[v].w = state.sum[v].w * keep + value[v].w * take;
-    }
-}
 
 // A half-warp walks a group of 8 columns: lane 2 r + i has columns 4 i to 4 i + 3 of the octet's row r. Its
 // vectors are kVectors groups, each second one from the warp's two halves.
@@ -86,8 +90,12 @@ struct Merger {
                 lse_row += stride;
                 out += stride * kHeadDimV;
             }
+            float max = lse[0];
 #pragma unroll
-            for (int i = 0; i < kUnroll; ++i) add(state, lse[i], 1.f, value[i]);
+            for (int i = 1; i < kUnroll; ++i) max = fmaxf(max, lse[i]);
+            state.raise_to(max);
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) state.add(lse[i], 1.f, value[i]);
         }
     }
 
@@ -97,14 +105,14 @@ struct Merger {
         const Row row = row_of(params, tile, split, octet * kOctetRows + lane / 2);
         if (!row.valid) return;
         const float scale = state.weight == 0.f ? 0.f : ptx::reciprocal_approx(state.weight);
-        T* out = out_of<T>(params, split.seq, row) + group * kGroupColumns + lane % 2 * 4;
+        T* out = out_of<T>(params, split.query, row) + group * kGroupColumns + lane % 2 * 4;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v)
             *reinterpret_cast<uint2*>(out + 2 * v * kGroupColumns) =
                 make_uint2(pack(state.sum[v].x * scale, state.sum[v].y * scale, T()),
                            pack(state.sum[v].z * scale, state.sum[v].w * scale, T()));
         if (group == 0 && lane % 2 == 0)
-            *lse_of(params, split.seq, row) =
+            *lse_of(params, split.query, row) =
                 state.weight == 0.f ? INFINITY : state.max + __logf(state.weight);
     }
 };
@@ -153,7 +161,10 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
         MergeState<1> state;
         merger.template add_splits<8>(state, warp % warps * 2 + half, place.num_splits, 2 * warps);
         const float4 other_half[] = {shuffle_xor(state.sum[0], 16)};
-        add(state, __shfl_xor_sync(~0u, state.max, 16), __shfl_xor_sync(~0u, state.weight, 16), other_half);
+        const float max = __shfl_xor_sync(~0u, state.max, 16);
+        const float weight = __shfl_xor_sync(~0u, state.weight, 16);
+        state.raise_to(max);
+        state.add(max, weight, other_half);
         if (warps > 1) {  // then each warp passes here once
             if (warp > 0) scratch[(warp - 1) * 32 + lane] = state;
             sync_warpgroup(consumer);
@@ -161,7 +172,8 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 #pragma unroll 1
             for (int j = 1; j < warps; ++j) {
                 const MergeState<1>& other = scratch[(warp + j - 1) * 32 + lane];
-                add(state, other.max, other.weight, other.sum);
+                state.raise_to(other.max);
+                state.add(other.max, other.weight, other.sum);
             }
         }
         if (half == 0) merger.template store<T>(tile, split, state);
@@ -171,17 +183,16 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 // Merges the part's last sequence where others work on it, too, and it is no pair, which pairs.cuh merges.
 // The first one, where it is another, is left to the parts that end with that one.
 template <typename T, int kVectors, int kFewSplits>
-__device__ inline void merge_splits(const DecodeParams& params, const PartPlan& plan, const Phases& phases,
+__device__ inline void merge_splits(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer, MergeScratch& scratch) {
-    Split split;
-    split.seq = ptx::uniform(plan.last_seq);
-    if (split.seq < max(plan.first_seq, 0) || split.seq >= params.batch) return;  // an idle part
-    split.query_len = query_len_of(params, split.seq);
-    if (tile.first_token >= split.query_len) return;
+    const int seq = ptx::uniform(plan.last_seq);
+    if (seq < max(plan.first_seq, 0) || seq >= params.batch) return;  // an idle part
+    const Split split{.seq = seq, .query = Query(params, seq)};
+    if (tile.first_token >= split.query.length) return;
     const SplitPlace place(params, plan, split);
     if (place.num_splits <= 2) return;
     SplitPlace part = place;
-    const PartPlan& of_last = params.parts[part_of_block(params) + place.num_splits - 1 - place.index];
+    const PartPlan& of_last = params.parts[plan.part + place.num_splits - 1 - place.index];
     if (of_last.first_seq != of_last.last_seq) --part.num_splits;
     sync_warpgroup(consumer);  // what the last split left in the scratch has been read
     wait_for_all(params, plan, phases, split, place, consumer);

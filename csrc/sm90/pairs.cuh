@@ -13,8 +13,9 @@ namespace mla {
 // Whether it is this consumer's to merge its half: of two blocks that end with the sequence, one half is
 // each's. But the second split's may go on with other sequences. Then its partial is the first thing that it
 // does, and the first split's block, which always ends with the sequence, has little to wait for.
-__device__ inline bool is_merged_here(const DecodeParams& params, const SplitPlace& place, int consumer) {
-    const PartPlan& of_second = params.parts[part_of_block(params) + 1 - place.index];
+__device__ inline bool is_merged_here(const DecodeParams& params, const BlockPlan& plan,
+                                      const SplitPlace& place, int consumer) {
+    const PartPlan& of_second = params.parts[plan.part + 1 - place.index];
     const bool both_end = of_second.first_seq == of_second.last_seq;
     return place.index == (both_end ? consumer : 0);
 }

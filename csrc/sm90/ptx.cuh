@@ -97,6 +97,13 @@ __device__ inline void load_box_evict_first(void* smem, const CUtensorMap& map, 
         : "memory");
 }
 
+// A box to the L2 only.
+__device__ inline void prefetch_box(const CUtensorMap& map, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(0),
+                 "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
 // `at + step`, but so that the compiler takes two instructions, where for each of many indices it takes
 // seven.
 template <typename T>
@@ -120,6 +127,11 @@ __device__ inline uint64_t evict_first() {
 __device__ inline void store(float2* to, float2 value, uint64_t policy) {
     asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(value.x), "f"(value.y),
                  "l"(policy)
+                 : "memory");
+}
+__device__ inline void add(float2* to, float2 value, uint64_t policy) {
+    asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to),
+                 "f"(value.x), "f"(value.y), "l"(policy)
                  : "memory");
 }
 __device__ inline float2 load(const float2* from, uint64_t policy) {
@@ -147,8 +159,14 @@ __device__ inline void fence_async_proxy() {
 
 // ---- matrices in shared memory ----
 
-// Four 8 x 8 matrices of 16-bit values as products leave them, a pair of columns a lane, to shared memory
-// column by column: lane 8 j + c holds the place of column c of matrix j, 16 bytes.
+// Four 8 x 8 matrices of 16-bit values as products leave them, a pair of columns a lane, to shared memory,
+// row by row or column by column: lane 8 j + i holds the place of row or column i of matrix j, 16 bytes.
+__device__ inline void store_rows(void* place, const uint32_t (&matrices)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
+        "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+        : "memory");
+}
 __device__ inline void store_columns(void* place, const uint32_t (&matrices)[4]) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
@@ -179,6 +197,12 @@ __device__ inline float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+__device__ inline float add_ftz(float x, float y) {
+    float sum;
+    asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(sum) : "f"(x), "f"(y));
+    return sum;
 }
 
 __device__ inline float reciprocal_approx(float x) {

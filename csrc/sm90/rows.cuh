@@ -9,22 +9,21 @@ namespace mla {
 
 constexpr int kSegmentBytes = kColumnsHalfV * 2;  // a warpgroup's share of a row
 
-__device__ inline float* lse_of(const DecodeParams& params, int seq, const Row& row) {
-    const QueryPlace query(params, seq);
+__device__ inline float* lse_of(const DecodeParams& params, const Query& query, const Row& row) {
     return params.lse + query.batch * params.lse_stride[0] + row.head * params.lse_stride[1] +
            (query.token + row.token) * params.lse_stride[2];
 }
 
 template <typename T>
-__device__ inline T* out_of(const DecodeParams& params, int seq, const Row& row) {
-    const QueryPlace query(params, seq);
+__device__ inline T* out_of(const DecodeParams& params, const Query& query, const Row& row) {
     return static_cast<T*>(params.out) + query.batch * params.out_stride[0] +
            (query.token + row.token) * params.out_stride[1] + row.head * params.out_stride[2];
 }
 
-// Segments begin 16 bytes further in each of 8 neighbouring rows, and wrap around: no bank conflicts.
-__device__ inline int rotation(int row_of_tile) {
-    return row_of_tile % 8 * 16;
+// A segment's pieces of 16 bytes change places, differently in each of 8 neighbouring rows: no bank
+// conflicts.
+__device__ inline int swizzled(int at, int row_of_tile) {
+    return at ^ row_of_tile % 8 * 16;
 }
 
 template <typename T>
@@ -34,9 +33,9 @@ __device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile
     const int rows = split.valid_rows(params, tile);
 #pragma unroll 2
     for (int row = warp; row < rows; row += 4) {
-        T* out = out_of<T>(params, split.seq, row_of(params, tile, split, row)) + first_column;
-        *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) = *reinterpret_cast<const uint4*>(
-            staging + row * kSegmentBytes + (at + rotation(row)) % kSegmentBytes);
+        T* out = out_of<T>(params, split.query, row_of(params, tile, split, row)) + first_column;
+        *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) =
+            *reinterpret_cast<const uint4*>(staging + row * kSegmentBytes + swizzled(at, row));
     }
 }
 

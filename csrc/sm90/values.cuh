@@ -11,7 +11,9 @@ template <int kCount>
 __device__ inline void zero_values_past_end(uint8_t (*tiles)[kTileBytes], int valid_tokens, int consumer) {
     constexpr int kChunksPerRow = 128 / 16;
     const int first = valid_tokens * kChunksPerRow;
+#pragma unroll 1
     for (int chunk = first + threadIdx.x % kWarpgroup; chunk < 64 * kChunksPerRow; chunk += kWarpgroup)
+#pragma unroll
         for (int tile = 0; tile < kCount; ++tile)
             reinterpret_cast<uint4*>(tiles[tile])[chunk] = make_uint4(0, 0, 0, 0);
     ptx::fence_async_proxy();

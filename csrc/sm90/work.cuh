@@ -14,6 +14,14 @@ __device__ inline int part_of_block(const DecodeParams& params) {
     return block % 2 == 0 ? block / 2 : (params.num_parts + 1) / 2 + block / 2;
 }
 
+// The plan of the block's part.
+struct BlockPlan : PartPlan {
+    int part;
+
+    __device__ explicit BlockPlan(const DecodeParams& params)
+        : PartPlan(params.parts[part_of_block(params)]), part(part_of_block(params)) {}
+};
+
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
 // in this order. What lies past the head group or the query is padding, at the end.
 struct RowTile {
@@ -39,41 +47,45 @@ struct RowTile {
     }
 
   private:
-    __device__ static int divide(int value, uint64_t inverse) {
-        return static_cast<int>(value * inverse >> 32);
+    __device__ static int divide(uint32_t value, uint32_t inverse) {
+        return static_cast<int>(static_cast<uint64_t>(value) * inverse >> 31);
     }
 };
 
-// Where a sequence's query tokens lie: in this entry of the batch, from this token on.
-struct QueryPlace {
+// A sequence's query tokens: `length` of them, in this entry of the batch, from `token` on.
+struct Query {
     int batch;
     int token;
-    __device__ QueryPlace(const DecodeParams& params, int seq)
-        : batch(params.cu_seqlens_q ? 0 : seq),
-          token(params.cu_seqlens_q ? max(0, min(params.cu_seqlens_q[seq], params.num_tokens)) : 0) {}
+    int length;
+
+    __device__ Query(const DecodeParams& params, int seq) {
+        if (params.cu_seqlens_q) {
+            batch = 0;
+            token = max(0, min(params.cu_seqlens_q[seq], params.num_tokens));
+            const int end = max(0, min(params.cu_seqlens_q[seq + 1], params.num_tokens));
+            length = min(end - token, params.query_len);
+        } else {
+            batch = seq;
+            token = 0;
+            length = params.query_len;
+        }
+    }
 };
 
-// One part's piece of one sequence: pages [page_begin, page_end), and how many query tokens it has.
+// One part's piece of one sequence: pages [page_begin, page_end).
 struct Split {
     int seq;
     int seq_len;
     int page_begin;
     int page_end;
-    int query_len;
+    Query query;
 
     __device__ bool is_empty() const { return page_begin >= page_end; }
     // Rows of the tile that hold a query: the first ones.
     __device__ int valid_rows(const DecodeParams& params, const RowTile& tile) const {
-        return tile.rows(params, query_len);
+        return tile.rows(params, query.length);
     }
 };
-
-// How many query tokens a sequence has.
-__device__ inline int query_len_of(const DecodeParams& params, int seq) {
-    if (!params.cu_seqlens_q) return params.query_len;
-    const int end = max(0, min(params.cu_seqlens_q[seq + 1], params.num_tokens));
-    return min(end - QueryPlace(params, seq).token, params.query_len);
-}
 
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
 //
@@ -81,28 +93,25 @@ __device__ inline int query_len_of(const DecodeParams& params, int seq) {
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
 // as which blocks meet is up to the plan and to the lengths, which all of them see alike.
 template <typename Work>
-__device__ inline void for_each_split(const DecodeParams& params, const PartPlan& plan, const RowTile& tile,
+__device__ inline void for_each_split(const DecodeParams& params, const BlockPlan& plan, const RowTile& tile,
                                       Work&& work) {
     // uniform() tells the compiler that a warp's lanes stay together, all along the pages.
     const int last_seq = ptx::uniform(min(plan.last_seq, params.batch - 1));
     for (int seq = ptx::uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) {
         const int seq_len = params.seq_lens[seq];
         const int pages = min(pages_of(seq_len), params.max_pages);
-        Split split;
-        split.seq = seq;
-        split.seq_len = min(seq_len, pages * kPageSize);
-        split.page_begin =
-            ptx::uniform(seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0);
-        split.page_end = ptx::uniform(seq == plan.last_seq ? min(pages, plan.last_page_end) : pages);
-        split.query_len = query_len_of(params, seq);
-        if (tile.first_token >= split.query_len) continue;
-        work(split);
+        const Query query(params, seq);
+        if (tile.first_token >= query.length) continue;
+        const int page_begin = seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0;
+        const int page_end = seq == plan.last_seq ? min(pages, plan.last_page_end) : pages;
+        work(Split{seq, min(seq_len, pages * kPageSize), ptx::uniform(page_begin), ptx::uniform(page_end),
+                   query});
     }
 }
 
 // The number of the part's first split within its sequence.
-__device__ inline int first_split_of(const DecodeParams& params, const PartPlan& plan) {
-    return max(0, min(plan.first_split, part_of_block(params)));
+__device__ inline int first_split_of(const BlockPlan& plan) {
+    return max(0, min(plan.first_split, plan.part));
 }
 
 // What a split is of its sequence. If that has several, their results are partials, side by side in slots.
@@ -113,12 +122,11 @@ struct SplitPlace {
 
     __device__ SplitPlace(int index, int num_splits, int first_slot)
         : index(index), num_splits(num_splits), first_slot(first_slot) {}
-    __device__ SplitPlace(const DecodeParams& params, const PartPlan& plan, const Split& split) {
+    __device__ SplitPlace(const DecodeParams& params, const BlockPlan& plan, const Split& split) {
         const bool is_first = split.seq == plan.first_seq;
-        const int part = part_of_block(params);
-        index = is_first ? first_split_of(params, plan) : 0;
+        index = is_first ? first_split_of(plan) : 0;
         num_splits = is_first ? plan.first_splits : split.seq == plan.last_seq ? plan.last_splits : 1;
-        num_splits = max(index + 1, min(num_splits, params.num_parts - part + index));
+        num_splits = max(index + 1, min(num_splits, params.num_parts - plan.part + index));
         first_slot = plan.first_slot + (!is_first && plan.first_splits > 1 ? 1 : 0) - index;
         first_slot = max(0, min(first_slot, params.num_slots - num_splits));
     }
@@ -141,7 +149,7 @@ __device__ inline Row row_of(const DecodeParams& params, const RowTile& tile, co
 
 // How many of the sequence's keys the query token may see; 0 or less means none.
 __device__ inline int visible_keys(const DecodeParams& params, const Split& split, int token) {
-    return params.causal ? split.seq_len - split.query_len + token + 1 : split.seq_len;
+    return params.causal ? split.seq_len - split.query.length + token + 1 : split.seq_len;
 }
 
 }  // namespace mla

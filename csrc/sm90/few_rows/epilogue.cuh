@@ -137,7 +137,7 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
     const Partial other(params, tile, place, 1 - place.index);
     const int rows = split.valid_rows(params, tile), row = threadIdx.x % kRows;
     const PairWeights weights(total.log_sum_exp(-INFINITY), row < rows ? __ldcg(other.lse + row) : -INFINITY);
-    if (threadIdx.x < rows) *lse_of(params, split.seq, row_of(params, tile, split, row)) = weights.lse;
+    if (threadIdx.x < rows) *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
     float of_own[kRows / 4], of_other[kRows / 4];
 #pragma unroll
     for (int v = 0; v < kRows / 4; ++v) {
@@ -156,14 +156,13 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
 #pragma unroll
     for (int i = 0; i < kRows / 2; i += 8) {
         const int row = 2 * i + lane / 16 * 8 + lane % 8;
-        const int first = (16 * warp + lane / 8 % 2 * 8) * 2 + rotation(row);
+        uint8_t* place = staging + row * kSegmentBytes + swizzled((16 * warp + lane / 8 % 2 * 8) * 2, row);
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t) {
             const float* v = &own[t][i];
             const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
                                          pack(v[6], v[7], T())};
-            ptx::store_columns(staging + row * kSegmentBytes + (first + t * kRowBytes) % kSegmentBytes,
-                               matrices);
+            ptx::store_columns(place + t * kRowBytes, matrices);
         }
     }
 }
@@ -178,7 +177,7 @@ __device__ inline void store_lse(const DecodeParams& params, const RowTotal<kRow
     if (place.is_partial()) {
         Partial(params, tile, place, place.index).lse[threadIdx.x] = total.log_sum_exp(-INFINITY);
     } else {
-        *lse_of(params, split.seq, row) = total.log_sum_exp(INFINITY);
+        *lse_of(params, split.query, row) = total.log_sum_exp(INFINITY);
     }
 }
 
@@ -205,18 +204,17 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
     store_lse<kRows>(params, normalizer.total, place, tile, split);
     join_halves<kRows>(shared, normalizer, consumer, meeting_parity, own, others);
     uint8_t* staging = shared.scratch[1 - consumer];
-    if (!place.is_partial()) {
-        store_rows<T, kRows>(params, tile, split, own, consumer, staging);
-    } else if (place.num_splits == 2 && is_merged_here(params, place, consumer)) {
-        arrive(params, place, consumer);
-        wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
-        add_other_split<kRows>(params, tile, split, place, normalizer.total, consumer, own);
-        store_rows<T, kRows>(params, tile, split, own, consumer, staging);
-    } else {
+    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
+    const bool is_mine = is_joined || !place.is_partial();
+    if (!is_mine)
         store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
                              consumer);
-        arrive(params, place, consumer);
+    if (place.is_partial()) arrive(params, shared.plan, place, consumer);
+    if (is_joined) {
+        wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
+        add_other_split<kRows>(params, tile, split, place, normalizer.total, consumer, own);
     }
+    if (is_mine) store_rows<T, kRows>(params, tile, split, own, consumer, staging);
 }
 
 }  // namespace mla::few_rows

@@ -25,7 +25,7 @@ struct Storage {
     alignas(16) float sum[kConsumers][kRows][kWarps];  // of the weights, at a split's end
     alignas(8) float max[kRows][kConsumers];           // to which they are relative
     Phases phases;
-    PartPlan plan;
+    BlockPlan plan;
     uint64_t q_full;
     uint64_t q_empty;
     uint64_t meeting;  // of all threads of both consumers

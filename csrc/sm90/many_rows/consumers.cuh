@@ -93,23 +93,23 @@ __device__ inline float2 take_over(Storage& shared, int slot, uint32_t parity, u
     return shared.scale[slot][thread];
 }
 
-// The same for the factors that end a split, in the stage of its last page.
-__device__ inline void hand_over_normalizer(Storage& shared, int stage, float2 normalizer) {
-    shared.normalizer[stage][threadIdx.x % kWarpgroup] = normalizer;
-    ptx::barrier_arrive(&shared.normalizer_full[stage]);
+// The same for what ends a split, in the stage of its last page.
+__device__ inline void hand_over_end(Storage& shared, int stage, const SplitEnd& end) {
+    shared.end[stage][threadIdx.x % kWarpgroup] = end;
+    ptx::barrier_arrive(&shared.end_full[stage]);
 }
 
 // `parities`: bit i is that of stage i, for not every page ends a split.
-__device__ inline float2 take_over_normalizer(Storage& shared, int stage, uint32_t& parities) {
-    ptx::barrier_wait(&shared.normalizer_full[stage], parities >> stage & 1);
+__device__ inline SplitEnd take_over_end(Storage& shared, int stage, uint32_t& parities) {
+    ptx::barrier_wait(&shared.end_full[stage], parities >> stage & 1);
     parities ^= 1 << stage;
-    return shared.normalizer[stage][threadIdx.x % kWarpgroup];
+    return shared.end[stage][threadIdx.x % kWarpgroup];
 }
 
 // What a consumer keeps from one split to the next.
 struct ConsumerState {
     RingPosition<kStages> stage;
-    uint32_t normalizer_parities = 0;
+    uint32_t end_parities = 0;
 };
 
 // Gives a consumer's half of V of the stage's page back.
@@ -118,13 +118,11 @@ __device__ inline void give_back_page(Storage& shared, int consumer, ConsumerSta
     state.stage.next();
 }
 
-// Scores, softmax and the left half of the output, over the pages of a split. Returns by what to scale it.
-// `at_end(softmax)` stores the rows' log-sum-exps and hands the factors that end the split over.
-template <typename T, typename AtEnd>
-__device__ inline float2 consume_scores_and_left(const DecodeParams& params, Storage& shared,
-                                                 const RowTile& tile, const Split& split,
-                                                 ConsumerState& state, float (&output)[128], bool ends_query,
-                                                 AtEnd&& at_end) {
+// Scores, softmax and the left half of the output, over the pages of a split.
+template <typename T>
+__device__ inline SplitEnd consume_scores_and_left(const DecodeParams& params, Storage& shared,
+                                                   const RowTile& tile, const Split& split, bool ends_query,
+                                                   ConsumerState& state, float (&output)[128]) {
     OnlineSoftmax softmax(params.softmax_scale);
     float scores[32];
     uint32_t weights[16];
@@ -153,16 +151,16 @@ __device__ inline float2 consume_scores_and_left(const DecodeParams& params, Sto
         if (is_last) break;  // the page is given back after the output is stored
         give_back_page(shared, kLeft, state);
     }
-    softmax.finish();
-    at_end(softmax);
-    return softmax.normalizer();
+    const SplitEnd end = softmax.finish();
+    if (!split.is_empty()) hand_over_end(shared, state.stage.slot, end);
+    return end;
 }
 
 // The right half of the output, with the weights that the other consumer hands over.
 template <typename T>
-__device__ inline float2 consume_right(Storage& shared, const Split& split, ConsumerState& state,
-                                       float (&output)[128]) {
-    if (split.is_empty()) return make_float2(0.f, 0.f);
+__device__ inline SplitEnd consume_right(Storage& shared, const Split& split, ConsumerState& state,
+                                         float (&output)[128]) {
+    if (split.is_empty()) return {};
     uint32_t weights[16];
     for (int page = split.page_begin;; ++page) {
         const int first_key = page * kPageSize, slot = state.stage.slot;
@@ -178,7 +176,7 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
         ptx::fence_async_proxy();
         warp_arrive(&shared.pages.empty[slot][kRope]);
         finish_output(output);
-        if (page + 1 == split.page_end) return take_over_normalizer(shared, slot, state.normalizer_parities);
+        if (page + 1 == split.page_end) return take_over_end(shared, slot, state.end_parities);
         give_back_page(shared, kRight, state);
     }
 }
@@ -186,19 +184,22 @@ __device__ inline float2 consume_right(Storage& shared, const Split& split, Cons
 // Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
 template <typename T>
 __device__ inline void finish_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                                    const Split& split, int consumer, uint8_t* v_tiles, float2 scale,
+                                    const Split& split, const SplitEnd& end, int consumer, uint8_t* v_tiles,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
-    const bool is_joined = place.num_splits == 2 && is_merged_here(params, place, consumer);
+    if (consumer == kLeft)
+        store_lse(params, tile, split, end.lse, !place.is_partial(),
+                  Partial(params, tile, place, place.index));
+    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
     const bool is_mine = is_joined || !place.is_partial();
-    if (!is_joined) scale_output(output, scale);
+    if (!is_joined) scale_output(output, end.scale);
     if (!is_mine)
         store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
-                      consumer, [](float2* to, float2 values) { *to = values; });
-    if (place.is_partial()) arrive(params, place, consumer);
+                      consumer, [](int, float2* to, float2 values) { *to = values; });
+    if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
-        add_other_split(params, tile, split, place, consumer, scale, output);
+        add_other_split(params, tile, split, place, end, consumer, output);
     }
     if (!is_mine) return;
     if (split.is_empty()) {
@@ -208,66 +209,71 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
     }
 }
 
-// A chunk's result to memory; or a sequence's, if the block has worked on all of it.
-template <typename T>
-__device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                                    const Chunk& chunk, int consumer, ConsumerState& state, float2 scale,
-                                    float (&output)[128]) {
-    if (chunk.seq_len <= 0) store_zeros<T>(params, tile, chunk, consumer);
-    if (chunk.is_empty()) return;
-    const int slot = state.stage.slot;
-    scale_output(output, scale);
-    if (chunk.place.is_partial() && !chunk.completes_sequence()) {
-        store_chunk(params, tile, chunk, consumer, output);
-    } else {
-        if (chunk.place.is_partial()) add_other_chunks(params, tile, chunk, consumer, output);
-        store_rows<T>(params, tile, chunk, output, consumer, shared.k[slot][consumer * kTilesHalfV]);
-    }
-    give_back_page(shared, consumer, state);
-}
-
 // A consumer's half of a split, from its pages to its result in memory.
 template <typename T>
 __device__ inline void consume_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                      const Split& split, int consumer, ConsumerState& state) {
     float output[128];
-    const auto at_end = [&](const OnlineSoftmax& softmax) {
-        if (!split.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
-        store_lse(params, SplitPlace(params, shared.plan, split), tile, split, softmax);
-    };
-    const float2 scale = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, split, state,
-                                                                        output, true, at_end)
-                                           : consume_right<T>(shared, split, state, output);
-    const int slot = state.stage.slot;
-    uint8_t* v_tiles = shared.k[slot][consumer * kTilesHalfV];
-    finish_split<T>(params, shared, tile, split, consumer, v_tiles, scale, output);
-    if (split.is_empty()) return;
-    give_back_page(shared, consumer, state);
+    const SplitEnd end = consumer == kLeft
+                             ? consume_scores_and_left<T>(params, shared, tile, split, true, state, output)
+                             : consume_right<T>(shared, split, state, output);
+    uint8_t* v_tiles = shared.k[state.stage.slot][consumer * kTilesHalfV];
+    finish_split<T>(params, shared, tile, split, end, consumer, v_tiles, output);
+    if (!split.is_empty()) give_back_page(shared, consumer, state);
+}
+
+// A chunk's result to memory; or a sequence's, if the block has worked on all of it.
+template <typename T>
+__device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
+                                    const Chunk& chunk, const SplitEnd& end, int consumer,
+                                    const ConsumerState& state, float (&output)[128]) {
+    if (chunk.is_idle()) return;
+    const ChunkPlace place(params, shared.plan, chunk);
+    ChunkSum(&sums)[2] = shared.sums[consumer][threadIdx.x % kWarpgroup];
+    ChunkSum::Step steps[2];
+    float2 lse = end.lse;
+    if (place.is_all_here) {
+        if (chunk.index == 0) sums[0] = sums[1] = {};
+        const int rows_left = chunk.valid_rows(params, tile) - first_row_of_thread();
+        steps[0] = sums[0].add(rows_left > 0 ? lse.x : 0.f);  // padding never outweighs what was before
+        steps[1] = sums[1].add(rows_left > 8 ? lse.y : 0.f);
+        lse = make_float2(sums[0].lse(), sums[1].lse());
+    }
+    const bool is_final = place.is_all_here && place.ends_sequence();
+    if (consumer == kLeft && (is_final || !place.is_all_here))
+        store_lse(params, tile, chunk, lse, is_final, Partial(params, tile, place, place.kept_at));
+    if (chunk.seq_len <= 0) store_zeros<T>(params, tile, chunk, consumer);
+    if (chunk.is_empty()) return;
+    scale_output(output, end.scale);
+    const bool is_first = !place.is_all_here || chunk.index == 0;  // of those kept in its place
+    const bool is_plain = !__any_sync(~0u, steps[0].keep != 1.f || steps[1].keep != 1.f);
+    if (!is_first && (is_final || !is_plain))
+        add_earlier_chunks(params, tile, chunk, place, steps, consumer, output);
+    if (is_final) {
+        scale_output(output, make_float2(sums[0].inverse(), sums[1].inverse()));
+        store_rows<T>(params, tile, chunk, output, consumer,
+                      shared.k[state.stage.slot][consumer * kTilesHalfV]);
+    } else if (is_first || !is_plain) {
+        store_chunk(params, tile, chunk, place, consumer, output);
+    } else {
+        add_chunk(params, tile, chunk, place, steps, consumer, output);
+    }
 }
 
 // The same of a piece in the batch-invariant mode: chunk by chunk, and these are merged in order.
 template <typename T>
 __device__ inline void consume_chunks(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                       const Split& piece, int consumer, ConsumerState& state) {
-    for_each_chunk(params, shared.plan, piece, [&](const Chunk& chunk) {
+    for_each_chunk(params, piece, [&](const Chunk& chunk) {
         float output[128] = {};  // else the values of the chunk before stay alive
-        const auto at_end = [&](const OnlineSoftmax& softmax) {
-            const auto hand_over_end = [&] {
-                if (!chunk.is_empty()) hand_over_normalizer(shared, state.stage.slot, softmax.normalizer());
-            };
-            // Where a sequence is complete, the other consumer reads at once what is stored here.
-            if (!chunk.completes_sequence()) hand_over_end();
-            if (!chunk.is_idle()) store_lse(params, chunk.place, tile, chunk, softmax);
-            if (chunk.completes_sequence()) hand_over_end();
-        };
-        const float2 scale = consumer == kLeft
-                                 ? consume_scores_and_left<T>(params, shared, tile, chunk, state, output,
-                                                              chunk.ends_piece, at_end)
-                                 : consume_right<T>(shared, chunk, state, output);
-        finish_chunk<T>(params, shared, tile, chunk, consumer, state, scale, output);
-        if (!chunk.is_all_here && chunk.ends_piece)
-            arrive(params, SplitPlace(params, shared.plan, piece), consumer);
+        const SplitEnd end = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, chunk,
+                                                                            chunk.ends_piece, state, output)
+                                               : consume_right<T>(shared, chunk, state, output);
+        finish_chunk<T>(params, shared, tile, chunk, end, consumer, state, output);
+        if (!chunk.is_empty()) give_back_page(shared, consumer, state);
     });
+    const SplitPlace place(params, shared.plan, piece);
+    if (place.is_partial()) arrive(params, shared.plan, place, consumer);
 }
 
 }  // namespace mla::many_rows

@@ -19,14 +19,19 @@ __device__ inline int first_row_of_thread() {
 
 template <typename T>
 __device__ inline void stage_rows(const float (&output)[128], uint8_t* staging) {
-    const int row = first_row_of_thread(), first = threadIdx.x % 4 * 4 + rotation(row);
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    const int row = 16 * warp + lane % 16, first = swizzled(lane / 16 * 16, row);
     uint8_t* segment = staging + row * kSegmentBytes;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        const int at = (first + i * 16) % kSegmentBytes;
-        const float* v = &output[4 * i];
-        *reinterpret_cast<uint32_t*>(segment + at) = pack(v[0], v[1], T());
-        *reinterpret_cast<uint32_t*>(segment + 8 * kSegmentBytes + at) = pack(v[2], v[3], T());
+    for (int i = 0; i < 4; ++i) {
+        uint8_t* place = ptx::further(segment, first ^ i * 32);
+#pragma unroll
+        for (int line = 0; line < 4; ++line) {
+            const float* v = &output[32 * line + 8 * i];
+            const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
+                                         pack(v[6], v[7], T())};
+            ptx::store_rows(place + line * kRowBytes, matrices);
+        }
     }
 }
 
@@ -36,7 +41,7 @@ __device__ inline void scale_output(float (&output)[128], float2 scale) {
 }
 
 // A consumer's half of the output, 64 x 256 in the layout of wgmma's accumulators, two values at a time by
-// `store_pair(to, values)`.
+// `store_pair(h, to, values)`, of the thread's row h.
 template <typename StorePair>
 __device__ inline void store_partial(const Partial& partial, int rows, const float (&output)[128],
                                      int consumer, StorePair&& store_pair) {
@@ -49,7 +54,7 @@ __device__ inline void store_partial(const Partial& partial, int rows, const flo
         auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
 #pragma unroll
         for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride))
-            store_pair(at, make_float2(output[4 * i + 2 * h], output[4 * i + 2 * h + 1]));
+            store_pair(h, at, make_float2(output[4 * i + 2 * h], output[4 * i + 2 * h + 1]));
     }
 }
 
@@ -74,42 +79,42 @@ __device__ inline void store_zeros(const DecodeParams& params, const RowTile& ti
     const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
     for (int row = 0; row < split.valid_rows(params, tile); ++row)
-        reinterpret_cast<uint32_t*>(out_of<T>(params, split.seq, row_of(params, tile, split, row)) +
+        reinterpret_cast<uint32_t*>(out_of<T>(params, split.query, row_of(params, tile, split, row)) +
                                     consumer * kColumnsHalfV)[thread] = 0;
 }
 
-// One thread of each quad writes its rows' log-sum-exp.
-__device__ inline void store_lse(const DecodeParams& params, const SplitPlace& place, const RowTile& tile,
-                                 const Split& split, const OnlineSoftmax& softmax) {
+// One thread of each quad writes its rows' log-sum-exp: the final one, or that of a partial.
+__device__ inline void store_lse(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                 float2 lse, bool is_final, const Partial& partial) {
     if (threadIdx.x % 4 != 0) return;
-#pragma unroll
+#pragma unroll 1
     for (int h = 0; h < 2; ++h) {
         const int row_of_tile = first_row_of_thread() + 8 * h;
         const Row row = row_of(params, tile, split, row_of_tile);
         if (!row.valid) continue;
-        if (place.is_partial()) {
-            Partial(params, tile, place, place.index).lse[row_of_tile] = softmax.log_sum_exp(h, -INFINITY);
+        const float of_row = h == 0 ? lse.x : lse.y;
+        if (is_final) {
+            *lse_of(params, split.query, row) = of_row == -INFINITY ? INFINITY : of_row;
         } else {
-            *lse_of(params, split.seq, row) = softmax.log_sum_exp(h, INFINITY);
+            partial.lse[row_of_tile] = of_row;
         }
     }
 }
 
-// Adds the other split's half to `output`, which `scale` normalizes.
+// Adds the other split's half to `output`, which is not scaled yet.
 __device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                       const SplitPlace& place, int consumer, float2 scale,
+                                       const SplitPlace& place, const SplitEnd& end, int consumer,
                                        float (&output)[128]) {
-    const Partial mine(params, tile, place, place.index), other(params, tile, place, 1 - place.index);
+    const Partial other(params, tile, place, 1 - place.index);
     const int lane = threadIdx.x % 32, rows = split.valid_rows(params, tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
         if (row >= rows) continue;
         const int stride = other.group_stride(octet) / 2;
-        const float my_lse = __ldcg(mine.lse + row), other_lse = __ldcg(other.lse + row);
         const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
-        const PairWeights weights(my_lse, other_lse);
-        const float of_mine = weights.mine * weights.inverse * (h == 0 ? scale.x : scale.y);
+        const PairWeights weights(h == 0 ? end.lse.x : end.lse.y, __ldcg(other.lse + row));
+        const float of_mine = weights.mine * weights.inverse * (h == 0 ? end.scale.x : end.scale.y);
         const float of_other = weights.other * weights.inverse;
 #pragma unroll
         for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) {
@@ -119,59 +124,51 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
             total[1] = total[1] * of_mine + value.y * of_other;
         }
         if (consumer == kLeft && lane % 4 == 0)
-            *lse_of(params, split.seq, row_of(params, tile, split, row)) = weights.lse;
+            *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
     }
 }
 
-// Stores a chunk for the merge, before which many pages pass through the L2.
+// Stores a chunk. Many pages will pass through the L2 before it is read.
 __device__ inline void store_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                   int consumer, const float (&output)[128]) {
+                                   const ChunkPlace& place, int consumer, const float (&output)[128]) {
     const uint64_t kept = ptx::evict_last();
-    store_partial(Partial(params, tile, chunk.place, chunk.place.index), chunk.valid_rows(params, tile),
-                  output, consumer, [&](float2* to, float2 values) { ptx::store(to, values, kept); });
+    store_partial(Partial(params, tile, place, place.kept_at), chunk.valid_rows(params, tile), output,
+                  consumer, [&](int, float2* to, float2 values) { ptx::store(to, values, kept); });
 }
 
-// Adds all earlier chunks of a sequence, which these very threads have stored, to the last one's `output`.
-__device__ inline void add_other_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                        int consumer, float (&output)[128]) {
-    const Partial first(params, tile, chunk.place, 0);
-    const int lane = threadIdx.x % 32, rows = chunk.valid_rows(params, tile), last = chunk.place.index;
+// Adds a chunk to those before it, the sum of which this thread has stored.
+__device__ inline void add_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
+                                 const ChunkPlace& place, const ChunkSum::Step (&steps)[2], int consumer,
+                                 const float (&output)[128]) {
+    const Partial sum(params, tile, place, place.kept_at);
+    const uint64_t kept = ptx::evict_last();
+    store_partial(sum, chunk.valid_rows(params, tile), output, consumer,
+                  [&](int h, float2* to, float2 values) {
+                      ptx::add(to, make_float2(steps[h].scaled(values.x), steps[h].scaled(values.y)), kept);
+                  });
+}
+
+// Makes `output`, a sequence's last chunk, the sum of all: this thread has stored that of the others.
+__device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
+                                          const ChunkPlace& place, const ChunkSum::Step (&steps)[2],
+                                          int consumer, float (&output)[128]) {
+    const Partial sum(params, tile, place, place.kept_at);
+    const int lane = threadIdx.x % 32, rows = chunk.valid_rows(params, tile);
     const uint64_t read_once = ptx::evict_first();
-    float2 scale = make_float2(1.f, 1.f);
-    __syncwarp();  // one lane of each quad has stored the rows' log-sum-exp
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
-        if (row >= rows) continue;
-        const int stride = first.group_stride(octet) / 2;
-        const float* lse = first.lse + row;
-        const auto* at = reinterpret_cast<const float2*>(first.group(octet, consumer * kGroups / 2)) + lane;
-        ChunkSum sum;
-        const auto of_last = sum.add(__ldcg(lse + last * params.partial_rows));
+        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
+        if (octet * kOctetRows + lane / 4 >= rows) continue;
+        const int stride = sum.group_stride(octet) / 2;
+        const auto* at = reinterpret_cast<const float2*>(sum.group(octet, consumer * kGroups / 2)) + lane;
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            float& total = output[4 * (i / 2) + 2 * h + i % 2];
-            total = of_last(0.f, total);
+        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) {
+            const float2 earlier = ptx::load(at, read_once);
+            float* total = &output[4 * i + 2 * h];
+            total[0] = steps[h].add(earlier.x, total[0]);
+            total[1] = steps[h].add(earlier.y, total[1]);
         }
-#pragma unroll 1
-        for (int other = 0; other < last; ++other) {
-            const auto of_other = sum.add(__ldcg(lse));
-            const float2* group = at;
-#pragma unroll
-            for (int i = 0; i < kGroups / 2; ++i, group = ptx::further(group, stride)) {
-                const float2 value = ptx::load(group, read_once);
-                float* total = &output[4 * i + 2 * h];
-                total[0] = of_other(total[0], value.x);
-                total[1] = of_other(total[1], value.y);
-            }
-            lse += params.partial_rows;
-            at += static_cast<int64_t>(params.partial_rows) * (kHeadDimV / 2);
-        }
-        (h == 0 ? scale.x : scale.y) = sum.inverse();
-        if (consumer == kLeft && lane % 4 == 0)
-            *lse_of(params, chunk.seq, row_of(params, tile, chunk, row)) = sum.lse();
     }
-    scale_output(output, scale);
 }
 
 }  // namespace mla::many_rows

@@ -18,7 +18,7 @@ __device__ void init_barriers(Storage& shared) {
     init_page_barriers(shared.pages);
     for (int stage = 0; stage < kStages; ++stage) {
         ptx::barrier_init(&shared.weights_full[stage], kWarpgroup);
-        ptx::barrier_init(&shared.normalizer_full[stage], kWarpgroup);
+        ptx::barrier_init(&shared.end_full[stage], kWarpgroup);
     }
     ptx::fence_barrier_init();
 }

@@ -25,6 +25,12 @@ __device__ inline void mask_scores(float (&scores)[32], int first_key, const int
     }
 }
 
+// What ends a split, for a thread's two rows.
+struct SplitEnd {
+    float2 scale = make_float2(0.f, 0.f);            // by what to scale the output
+    float2 lse = make_float2(-INFINITY, -INFINITY);  // -inf where a row saw no key
+};
+
 class OnlineSoftmax {
   public:
     __device__ explicit OnlineSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {}
@@ -58,20 +64,18 @@ class OnlineSoftmax {
         return make_float2(rescale[0], rescale[1]);
     }
 
-    // Closes the sum over the quad. Call once, after the last page.
-    __device__ void finish() {
+    // Closes the sum over the quad, after the last page.
+    __device__ SplitEnd finish() {
 #pragma unroll
         for (int h = 0; h < 2; ++h) sum_[h] = quad_reduce(sum_[h], [](float a, float b) { return a + b; });
-    }
-
-    // A row that saw no key: factor 0, log-sum-exp `empty`.
-    __device__ float2 normalizer() const { return make_float2(inverse(sum_[0]), inverse(sum_[1])); }
-    __device__ float log_sum_exp(int h, float empty) const {
-        return sum_[h] == 0.f ? empty : max_[h] * kLn2 + __logf(sum_[h]);
+        return {make_float2(inverse(0), inverse(1)), make_float2(log_sum_exp(0), log_sum_exp(1))};
     }
 
   private:
-    __device__ static float inverse(float sum) { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
+    __device__ float inverse(int h) const { return sum_[h] == 0.f ? 0.f : ptx::reciprocal_approx(sum_[h]); }
+    __device__ float log_sum_exp(int h) const {
+        return sum_[h] == 0.f ? -INFINITY : max_[h] * kLn2 + __logf(sum_[h]);
+    }
 
     float scale_log2_;
     float max_[2] = {-INFINITY, -INFINITY};  // stored maximum, in units of log2

@@ -5,6 +5,7 @@
 #include "../chunks.cuh"
 #include "../merge.cuh"
 #include "../tiles.cuh"
+#include "softmax.cuh"
 
 namespace mla::many_rows {
 
@@ -17,16 +18,18 @@ struct Storage {
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
-    // From the first consumer to the second, a float2 for each thread's two rows: by how much to scale the
-    // output before the page is added, and after the last.
+    // From the first consumer to the second, for each thread's two rows: by how much to scale the output
+    // before the page is added, and what ends a split.
     float2 scale[kStages][kWarpgroup];
-    float2 normalizer[kStages][kWarpgroup];
+    alignas(16) SplitEnd end[kStages][kWarpgroup];
+    // A thread's own: the chunks so far of its two rows. Registers are short while there are pages.
+    ChunkSum sums[kConsumers][kWarpgroup][2];
     Phases phases;
-    PartPlan plan;
+    BlockPlan plan;
     uint64_t q_empty;
     PageBarriers pages;
     uint64_t weights_full[kStages];
-    uint64_t normalizer_full[kStages];
+    uint64_t end_full[kStages];
 
     __device__ MergeScratch& merge_scratch(int consumer) {  // the query is not needed any more
         return reinterpret_cast<MergeScratch*>(q)[consumer];
