@@ -27,6 +27,7 @@ from mla_cases import (
 from test_schedule import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_with_kvcache, get_mla_metadata
+from vllm_flashmla_backend.flash_mla.checks import HEAD_DIM_V
 from vllm_flashmla_backend.flash_mla.chunks import chunk_level, chunk_pages, most_chunks, num_chunks
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
@@ -87,7 +88,7 @@ def test_a_chunk_may_outweigh_all_before_it(case, device):
     for seq, length in enumerate(case.lengths):
         pages = inputs.block_table[seq, : num_pages(length)].long()  # (pages of the sequence,)
         growth = torch.arange(1, len(pages) + 1, device=device)[:, None, None, None]
-        inputs.k_cache[pages] *= growth.to(inputs.k_cache.dtype)
+        inputs.k_cache[pages, ..., HEAD_DIM_V:] *= growth.to(inputs.k_cache.dtype)  # not the values
     together = run(case, inputs, batch_invariant=True)
     assert_agree(together, expected(case, inputs))
     for seq in range(9):
