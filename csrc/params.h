@@ -81,7 +81,7 @@ struct DecodeParams {
     int kernel_rows;                   // query rows for which the kernel has room
     int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
-    uint32_t inverse_tiles_per_token;  // 2^31 / tiles_per_token, rounded up; likewise
+    uint32_t inverse_tiles_per_token;  // 2^31 / tiles_per_token, rounded up; exact below 2^31 / divisor
     uint32_t inverse_kv_heads;
     int num_row_tiles;   // over all KV heads
     int first_row_tile;  // of this launch

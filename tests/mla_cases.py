@@ -14,6 +14,7 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
     schedule,
 )
+from vllm_flashmla_backend.flash_mla.chunks import chunk_level
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
@@ -117,7 +118,8 @@ def run(
     metadata, num_splits = plan_for(case, inputs, batch_invariant)
     if parts is not None:
         metadata.zero_()[:, schedule.Field.FIRST_SEQ] = len(case.lengths)  # idle
-        planned, counted = schedule.plan(case.lengths, parts)
+        level = chunk_level(case.h_q // case.h_kv) if batch_invariant else 0
+        planned, counted = schedule.plan(case.lengths, parts, level)
         metadata[:parts], num_splits[:] = planned, counted
     out, lse = nan_results(case, inputs.q_nope.device)
     return flash_mla_decode(

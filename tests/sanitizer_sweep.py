@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
-from mla_cases import CUT, Case, assert_agree, expected, make_inputs, run, run_ragged
+from mla_cases import CUT, SCALE, Case, assert_agree, expected, make_inputs, plan_for, run, run_ragged
+
+from vllm_flashmla_backend.flash_mla import flash_mla_decode
 
 CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
@@ -23,9 +26,19 @@ BATCH_INVARIANT = [
     Case((0, 1, 64, 1000, 3000), h_q=16),
     Case((5000, 300), s_q=2, h_q=80, causal=True),
     Case((2500, 300), h_q=20),
-    Case((300,) * 264, h_q=20),  # whole sequences of several chunks, one right behind the other
 ]
+IN_ONE_PART = Case((600, 300, 130), h_q=20)  # of several chunks, one sequence right behind the other
 RAGGED = Case((700, 65, 3), s_q=5, h_q=20, causal=True)
+
+
+def run_with_foreign_plan(case: Case, planned: tuple[int, ...]) -> None:
+    """Run `case` by the plan of other lengths: rows may be wrong, but no foreign memory is touched."""
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    other_lengths = inputs.cache_seqlens.new_tensor(planned)
+    plan = plan_for(case, replace(inputs, cache_seqlens=other_lengths), True)
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    flash_mla_decode(*tensors, *plan, SCALE, False, batch_invariant=True)
+    torch.cuda.synchronize()
 
 
 def check(case: Case, **how) -> None:
@@ -42,5 +55,7 @@ if __name__ == "__main__":
         check(Case(lengths, h_q=h_q), parts=parts)
     for case in BATCH_INVARIANT:
         check(case, batch_invariant=True)
+    check(IN_ONE_PART, batch_invariant=True, parts=1)
+    run_with_foreign_plan(Case((130, 0), h_q=16), (5000, 5000))
     for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):
         assert out.isfinite().all() and not lse.isnan().any()

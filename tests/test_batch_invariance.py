@@ -87,14 +87,31 @@ def test_a_chunk_may_outweigh_all_before_it(case, device):
     inputs = make_inputs(case, device)
     for seq, length in enumerate(case.lengths):
         pages = inputs.block_table[seq, : num_pages(length)].long()  # (pages of the sequence,)
-        growth = torch.arange(1, len(pages) + 1, device=device)[:, None, None, None]
+        growth = torch.arange(1, len(pages) + 1, device=device)[:, None, None, None] ** 2
         inputs.k_cache[pages, ..., HEAD_DIM_V:] *= growth.to(inputs.k_cache.dtype)  # not the values
     together = run(case, inputs, batch_invariant=True)
     assert_agree(together, expected(case, inputs))
+    longest = max(range(9), key=lambda seq: case.lengths[seq])
+    chunk = 64 * chunk_pages(num_pages(case.lengths[longest]), chunk_level(case.h_q))
+    first_chunk = replace(one_of(inputs, [longest]), cache_seqlens=inputs.cache_seqlens.new_tensor([chunk]))
+    before = run(replace(case, lengths=(chunk,)), first_chunk, True)[1]  # (1, h_q, 1)
+    assert (together[1][longest] - before[0]).max() > 8  # 2^kSlack is e^5.5
     for seq in range(9):
         alone = run(replace(case, lengths=case.lengths[seq : seq + 1]), one_of(inputs, [seq]), True)
         assert torch.equal(alone[0][0], together[0][seq])
         assert torch.equal(alone[1][0], together[1][seq])
+
+
+@pytest.mark.parametrize("h_q", [20, 128])
+def test_few_parts_give_the_bits_of_all_parts(h_q, device):
+    """Whether a part has all of a sequence's chunks or others have some."""
+    case = Case((2500, 600, 0, 300, 1300, 130), h_q=h_q)
+    inputs = make_inputs(case, device)
+    of_all = run(case, inputs, batch_invariant=True)
+    for parts in (1, 3):
+        few = run(case, inputs, batch_invariant=True, parts=parts)
+        assert torch.equal(few[0], of_all[0])
+        assert torch.equal(few[1], of_all[1])
 
 
 def test_the_default_mode_does_not_have_the_same_bits(device):

@@ -125,10 +125,11 @@ def test_repeated_calls_are_equal_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_plan_of_another_batch_stays_within_the_call(batch_invariant):
+@pytest.mark.parametrize("lengths", [(200, 130), (130, 0)], ids=str)
+def test_plan_of_another_batch_stays_within_the_call(lengths, batch_invariant):
     """Nothing is read back from a GPU, so a foreign plan is not seen; it must touch no foreign memory."""
     gpu = torch.device("cuda", 0)
-    case = Case((200, 130))
+    case = Case(lengths)
     inputs = make_inputs(case, gpu)
     # More sequences than parts, so that parts go on.
     foreign, _ = get_mla_metadata(torch.full((200,), 5000, dtype=torch.int32, device=gpu), 16, 1)

@@ -19,9 +19,6 @@ namespace mla {
 struct Chunk : Split {
     int index;  // within the sequence
     bool ends_piece;
-
-    // Whether it is of a piece in which no chunk begins, which only a plan for other lengths has.
-    __device__ bool is_idle() const { return is_empty() && seq_len > 0; }
 };
 
 // Calls `work` on each chunk of a piece.
@@ -43,21 +40,24 @@ __device__ inline int num_chunks(const DecodeParams& params, int seq_len) {
     return (pages + (1 << log2) - 1) >> log2;
 }
 
-// What a chunk is of its sequence, and where it is kept.
-struct ChunkPlace : SplitPlace {
+// Where a chunk that has pages is kept: in one of its sequence's slots, or with others of it in one.
+struct ChunkPlace {
     bool is_all_here;  // the part has all of the sequence
-    int kept_at;       // counted from first_slot
+    bool ends_sequence;
+    int slot;
 
     __device__ ChunkPlace(const DecodeParams& params, const BlockPlan& plan, const Chunk& chunk)
-        : SplitPlace(chunk.index, num_chunks(params, chunk.seq_len), 0),
-          is_all_here(!SplitPlace(params, plan, chunk).is_partial()),
-          kept_at(is_all_here ? 0 : chunk.index) {
+        : is_all_here(!SplitPlace(params, plan, chunk).is_partial()),
+          ends_sequence(chunk.index >= num_chunks(params, chunk.seq_len) - 1) {
         // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of
         // a part share the place of the first of them, which so stays in the L2.
         const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
-        first_slot = (is_all_here ? min(first_here, chunk.seq) : chunk.seq) * params.chunks_per_seq;
+        slot = (is_all_here ? min(first_here, chunk.seq) : chunk.seq) * params.chunks_per_seq;
+        if (!is_all_here) slot += chunk.index;
     }
-    __device__ bool ends_sequence() const { return index >= num_splits - 1; }
+    __device__ Partial partial(const DecodeParams& params, const RowTile& tile) const {
+        return {params, tile, SplitPlace(0, 1, slot), 0};
+    }
 };
 
 // A row's chunks so far: their normalized results, each times its weight, add up to the sum.
@@ -76,7 +76,7 @@ struct ChunkSum {
             return ptx::add_ftz(__fmul_rn(sum, keep), scaled(value));
         }
     };
-    __device__ Step add(float lse) {
+    __device__ Step next(float lse) {
         Step step;
         if (lse > base + kSlack * kLn2) {
             step.keep = ptx::exp2_approx((base - lse) * kLog2E);  // 0 at the first chunk: base is -inf
@@ -87,7 +87,7 @@ struct ChunkSum {
         return step;
     }
     __device__ float inverse() const { return weight == 0.f ? 0.f : ptx::reciprocal_approx(weight); }
-    __device__ float lse() const { return weight == 0.f ? INFINITY : base + __logf(weight); }
+    __device__ float lse() const { return weight == 0.f ? INFINITY : __fmaf_rn(__log2f(weight), kLn2, base); }
 };
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
@@ -125,7 +125,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
-            const auto step = row_sum.add(lse[i]);
+            const auto step = row_sum.next(lse[i]);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 const float4 next = value[i][v];

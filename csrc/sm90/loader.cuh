@@ -41,8 +41,8 @@ class Loader {
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
             if (Storage::kQueryHasBarrier && is_first) load_query(split.query);
-            // All wait for the first page, which a second one would delay. Where only one block reads a page,
-            // memory is too busy to be left alone for so long.
+            // All wait for the first page, which a second one would delay. With one row tile each block reads
+            // pages of its own, and memory is too busy to be left alone for so long.
             if (!Storage::kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
                 ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
             load_group<kRope>(page_index, with_query, split.query);

@@ -187,7 +187,7 @@ __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan&
                                     const RowTile& tile, int consumer, MergeScratch& scratch) {
     const int seq = ptx::uniform(plan.last_seq);
     if (seq < max(plan.first_seq, 0) || seq >= params.batch) return;  // an idle part
-    const Split split{.seq = seq, .query = Query(params, seq)};
+    const Split split{.seq = seq, .query = Query(params, seq)};       // its pages do not matter any more
     if (tile.first_token >= split.query.length) return;
     const SplitPlace place(params, plan, split);
     if (place.num_splits <= 2) return;

@@ -12,7 +12,8 @@ constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // The running maximum of an online softmax follows the true one only when that outgrows it by 2^kSlack:
-// weights stay below 2^kSlack, exact all the same, and most pages leave the output as it is.
+// weights stay below 2^kSlack, exact all the same, and most pages leave the output as it is. So does the sum
+// of a sequence's chunks.
 constexpr float kSlack = 8.f;
 
 __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {

@@ -1,5 +1,6 @@
 // The PTX that the decode kernels need, but for its products (wgmma.cuh): mbarriers, signals between blocks,
-// bulk tensor copies, transposing stores, register hand-over, approximate functions.
+// bulk tensor copies, accesses with an L2 policy, stores of matrices, register hand-over, approximate
+// functions.
 #pragma once
 
 #include <cuda.h>
@@ -104,6 +105,8 @@ __device__ inline void prefetch_box(const CUtensorMap& map, int c1, int c2, int 
                  : "memory");
 }
 
+// ---- addresses, and how long lines stay in the L2 ----
+
 // `at + step`, but so that the compiler takes two instructions, where for each of many indices it takes
 // seven.
 template <typename T>
@@ -129,6 +132,7 @@ __device__ inline void store(float2* to, float2 value, uint64_t policy) {
                  "l"(policy)
                  : "memory");
 }
+// Added in the L2, rounded to nearest, subnormal numbers and results taken for 0: add_ftz does the same.
 __device__ inline void add(float2* to, float2 value, uint64_t policy) {
     asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to),
                  "f"(value.x), "f"(value.y), "l"(policy)
@@ -161,13 +165,13 @@ __device__ inline void fence_async_proxy() {
 
 // Four 8 x 8 matrices of 16-bit values as products leave them, a pair of columns a lane, to shared memory,
 // row by row or column by column: lane 8 j + i holds the place of row or column i of matrix j, 16 bytes.
-__device__ inline void store_rows(void* place, const uint32_t (&matrices)[4]) {
+__device__ inline void store_matrices(void* place, const uint32_t (&matrices)[4]) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
         "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
         : "memory");
 }
-__device__ inline void store_columns(void* place, const uint32_t (&matrices)[4]) {
+__device__ inline void store_matrices_transposed(void* place, const uint32_t (&matrices)[4]) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
         "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])

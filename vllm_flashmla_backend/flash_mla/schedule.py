@@ -10,8 +10,8 @@ sequences, and begin a sequence that the next part goes on with. A part's piece 
 is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
 in one of three ways: `_a_split_a_part` where that costs no more, or `_whole_sequences`, else `_on_a_line`.
 The batch-invariant mode has a layout of its own, `_in_chunks`, and keeps the partial result of a chunk at
-sequence × most_chunks + chunk, whatever slot the plan says; where a part has all of a sequence, at the place
-of its first such sequence.
+sequence × most_chunks + chunk, whatever slot the plan says; where a part has all of a sequence, it keeps the
+sum of its chunks, at the place of the part's first such sequence.
 """
 
 from __future__ import annotations

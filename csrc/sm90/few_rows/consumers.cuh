@@ -47,7 +47,7 @@ __device__ inline void store_weights(const float (&scores)[kRows / 2], uint8_t* 
         const float* v = &scores[i];
         const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
                                      pack(v[6], v[7], T())};
-        ptx::store_columns(at + 2 * i * kRowBytes, matrices);
+        ptx::store_matrices_transposed(at + 2 * i * kRowBytes, matrices);
     }
 }
 

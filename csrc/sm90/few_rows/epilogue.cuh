@@ -162,7 +162,7 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
             const float* v = &own[t][i];
             const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
                                          pack(v[6], v[7], T())};
-            ptx::store_columns(place + t * kRowBytes, matrices);
+            ptx::store_matrices_transposed(place + t * kRowBytes, matrices);
         }
     }
 }

@@ -227,33 +227,36 @@ template <typename T>
 __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                     const Chunk& chunk, const SplitEnd& end, int consumer,
                                     const ConsumerState& state, float (&output)[128]) {
-    if (chunk.is_idle()) return;
     const ChunkPlace place(params, shared.plan, chunk);
+    if (chunk.is_empty()) {
+        if (chunk.seq_len > 0) return;  // a piece in which no chunk begins: only a plan for other lengths
+        if (consumer == kLeft) store_lse(params, tile, chunk, end.lse, true, place.partial(params, tile));
+        store_zeros<T>(params, tile, chunk, consumer);
+        return;
+    }
     ChunkSum(&sums)[2] = shared.sums[consumer][threadIdx.x % kWarpgroup];
     ChunkSum::Step steps[2];
     float2 lse = end.lse;
     if (place.is_all_here) {
         if (chunk.index == 0) sums[0] = sums[1] = {};
         const int rows_left = chunk.valid_rows(params, tile) - first_row_of_thread();
-        steps[0] = sums[0].add(rows_left > 0 ? lse.x : 0.f);  // padding never outweighs what was before
-        steps[1] = sums[1].add(rows_left > 8 ? lse.y : 0.f);
+        steps[0] = sums[0].next(rows_left > 0 ? lse.x : 0.f);  // padding never outweighs what was before
+        steps[1] = sums[1].next(rows_left > 8 ? lse.y : 0.f);
         lse = make_float2(sums[0].lse(), sums[1].lse());
     }
-    const bool is_final = place.is_all_here && place.ends_sequence();
+    const bool is_final = place.is_all_here && place.ends_sequence;
     if (consumer == kLeft && (is_final || !place.is_all_here))
-        store_lse(params, tile, chunk, lse, is_final, Partial(params, tile, place, place.kept_at));
-    if (chunk.seq_len <= 0) store_zeros<T>(params, tile, chunk, consumer);
-    if (chunk.is_empty()) return;
+        store_lse(params, tile, chunk, lse, is_final, place.partial(params, tile));
     scale_output(output, end.scale);
-    const bool is_first = !place.is_all_here || chunk.index == 0;  // of those kept in its place
+    const bool is_alone = !place.is_all_here || chunk.index == 0;  // nothing is there to be added to
     const bool is_plain = !__any_sync(~0u, steps[0].keep != 1.f || steps[1].keep != 1.f);
-    if (!is_first && (is_final || !is_plain))
+    if (!is_alone && (is_final || !is_plain))
         add_earlier_chunks(params, tile, chunk, place, steps, consumer, output);
     if (is_final) {
         scale_output(output, make_float2(sums[0].inverse(), sums[1].inverse()));
         store_rows<T>(params, tile, chunk, output, consumer,
                       shared.k[state.stage.slot][consumer * kTilesHalfV]);
-    } else if (is_first || !is_plain) {
+    } else if (is_alone || !is_plain) {
         store_chunk(params, tile, chunk, place, consumer, output);
     } else {
         add_chunk(params, tile, chunk, place, steps, consumer, output);

@@ -30,7 +30,7 @@ __device__ inline void stage_rows(const float (&output)[128], uint8_t* staging) 
             const float* v = &output[32 * line + 8 * i];
             const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
                                          pack(v[6], v[7], T())};
-            ptx::store_rows(place + line * kRowBytes, matrices);
+            ptx::store_matrices(place + line * kRowBytes, matrices);
         }
     }
 }
@@ -132,15 +132,15 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
 __device__ inline void store_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                    const ChunkPlace& place, int consumer, const float (&output)[128]) {
     const uint64_t kept = ptx::evict_last();
-    store_partial(Partial(params, tile, place, place.kept_at), chunk.valid_rows(params, tile), output,
-                  consumer, [&](int, float2* to, float2 values) { ptx::store(to, values, kept); });
+    store_partial(place.partial(params, tile), chunk.valid_rows(params, tile), output, consumer,
+                  [&](int, float2* to, float2 values) { ptx::store(to, values, kept); });
 }
 
-// Adds a chunk to those before it, the sum of which this thread has stored.
+// Adds a chunk to the sum of those before it, which this thread has stored.
 __device__ inline void add_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                  const ChunkPlace& place, const ChunkSum::Step (&steps)[2], int consumer,
                                  const float (&output)[128]) {
-    const Partial sum(params, tile, place, place.kept_at);
+    const Partial sum = place.partial(params, tile);
     const uint64_t kept = ptx::evict_last();
     store_partial(sum, chunk.valid_rows(params, tile), output, consumer,
                   [&](int h, float2* to, float2 values) {
@@ -148,11 +148,11 @@ __device__ inline void add_chunk(const DecodeParams& params, const RowTile& tile
                   });
 }
 
-// Makes `output`, a sequence's last chunk, the sum of all: this thread has stored that of the others.
+// Adds the sum of the chunks before, which this thread has stored, to a chunk's `output`.
 __device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                           const ChunkPlace& place, const ChunkSum::Step (&steps)[2],
                                           int consumer, float (&output)[128]) {
-    const Partial sum(params, tile, place, place.kept_at);
+    const Partial sum = place.partial(params, tile);
     const int lane = threadIdx.x % 32, rows = chunk.valid_rows(params, tile);
     const uint64_t read_once = ptx::evict_first();
 #pragma unroll
