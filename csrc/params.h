@@ -110,16 +110,21 @@ __host__ __device__ inline int pages_of(int seq_len) {
 // The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.
 // Their length is the same wherever the sequence is decoded, and a power of two: about the root of its pages
 // at level 1, twice as much at level 2. Returns the power.
-__host__ __device__ constexpr int chunk_log2(int pages, int level) {
+__host__ __device__ inline int chunk_log2(int pages, int level) {
     return (std::bit_width(static_cast<unsigned>(pages > 1 ? pages - 1 : 0)) + 1) / 2 + level - 1;
+}
+
+__host__ __device__ inline int num_chunks(int pages, int level) {
+    const int log2 = chunk_log2(pages, level);
+    return (pages + (1 << log2) - 1) >> log2;
 }
 
 // The most chunks of a sequence of up to so many pages: of the longest, or of the longest whose chunks are
 // half as long.
 inline int most_chunks(int max_pages, int level) {
     const int log2 = chunk_log2(max_pages, level), shorter = 1 << std::max(0, 2 * (log2 - level));
-    const auto chunks = [=](int pages) { return ((pages - 1) >> chunk_log2(pages, level)) + 1; };
-    return std::max(chunks(std::max(1, max_pages)), chunks(std::min(shorter, std::max(1, max_pages))));
+    const int pages = std::max(1, max_pages);
+    return std::max(num_chunks(pages, level), num_chunks(std::min(shorter, pages), level));
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);

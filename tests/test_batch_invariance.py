@@ -33,6 +33,7 @@ from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
 from vllm_flashmla_backend.flash_mla.schedule import (
     CHUNK_COST,
+    PAGE_SIZE,
     START_COST,
     _fill,
     ceil_div,
@@ -92,7 +93,7 @@ def test_a_chunk_may_outweigh_all_before_it(case, device):
     together = run(case, inputs, batch_invariant=True)
     assert_agree(together, expected(case, inputs))
     longest = max(range(9), key=lambda seq: case.lengths[seq])
-    chunk = 64 * chunk_pages(num_pages(case.lengths[longest]), chunk_level(case.h_q))
+    chunk = PAGE_SIZE * chunk_pages(num_pages(case.lengths[longest]), chunk_level(case.h_q))
     first_chunk = replace(one_of(inputs, [longest]), cache_seqlens=inputs.cache_seqlens.new_tensor([chunk]))
     before = run(replace(case, lengths=(chunk,)), first_chunk, True)[1]  # (1, h_q, 1)
     assert (together[1][longest] - before[0]).max() > 8  # 2^kSlack is e^5.5

@@ -35,11 +35,6 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
     } while (chunk.page_begin < piece.page_end);
 }
 
-__device__ inline int num_chunks(const DecodeParams& params, int seq_len) {
-    const int pages = pages_of(seq_len), log2 = chunk_log2(pages, params.chunk_level);
-    return (pages + (1 << log2) - 1) >> log2;
-}
-
 // Where a chunk that has pages is kept: in one of its sequence's slots, or with others of it in one.
 struct ChunkPlace {
     bool is_all_here;  // the part has all of the sequence
@@ -48,7 +43,7 @@ struct ChunkPlace {
 
     __device__ ChunkPlace(const DecodeParams& params, const BlockPlan& plan, const Chunk& chunk)
         : is_all_here(!SplitPlace(params, plan, chunk).is_partial()),
-          ends_sequence(chunk.index >= num_chunks(params, chunk.seq_len) - 1) {
+          ends_sequence(chunk.index >= num_chunks(pages_of(chunk.seq_len), params.chunk_level) - 1) {
         // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of
         // a part share the place of the first of them, which so stays in the L2.
         const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
@@ -155,7 +150,8 @@ __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan&
     for_each_split(params, plan, tile, [&](const Split& piece) {
         const SplitPlace part(params, plan, piece);
         if (!part.is_partial()) return;
-        const SplitPlace place(0, num_chunks(params, piece.seq_len), piece.seq * params.chunks_per_seq);
+        const int chunks = num_chunks(pages_of(piece.seq_len), params.chunk_level);
+        const SplitPlace place(0, chunks, piece.seq * params.chunks_per_seq);
         wait_for_all(params, plan, phases, piece, part, consumer);
         const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
         const int items = (piece.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kItems;

@@ -26,4 +26,11 @@ __device__ inline uint32_t pack(float low, float high, __half) {
     return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Eight accumulators of a lane as its share of four 8 x 8 matrices, two neighbouring values of each.
+template <typename T>
+__device__ inline uint4 pack_matrices(const float* v) {
+    return make_uint4(pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
+                      pack(v[6], v[7], T()));
+}
+
 }  // namespace mla

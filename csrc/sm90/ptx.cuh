@@ -165,16 +165,16 @@ __device__ inline void fence_async_proxy() {
 
 // Four 8 x 8 matrices of 16-bit values as products leave them, a pair of columns a lane, to shared memory,
 // row by row or column by column: lane 8 j + i holds the place of row or column i of matrix j, 16 bytes.
-__device__ inline void store_matrices(void* place, const uint32_t (&matrices)[4]) {
+__device__ inline void store_matrices(void* place, uint4 matrices) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
-        "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+        "r"(matrices.x), "r"(matrices.y), "r"(matrices.z), "r"(matrices.w)
         : "memory");
 }
-__device__ inline void store_matrices_transposed(void* place, const uint32_t (&matrices)[4]) {
+__device__ inline void store_matrices_transposed(void* place, uint4 matrices) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(place)),
-        "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+        "r"(matrices.x), "r"(matrices.y), "r"(matrices.z), "r"(matrices.w)
         : "memory");
 }
 

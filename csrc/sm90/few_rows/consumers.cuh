@@ -43,12 +43,8 @@ __device__ inline void store_weights(const float (&scores)[kRows / 2], uint8_t* 
     const int row = lane / 16 * 8 + lane % 8, segment = 2 * warp + lane / 8 % 2;
     uint8_t* at = weights + row * kRowBytes + (segment ^ row % 8) * 16;
 #pragma unroll
-    for (int i = 0; i < kRows / 2; i += 8) {
-        const float* v = &scores[i];
-        const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
-                                     pack(v[6], v[7], T())};
-        ptx::store_matrices_transposed(at + 2 * i * kRowBytes, matrices);
-    }
+    for (int i = 0; i < kRows / 2; i += 8)
+        ptx::store_matrices_transposed(at + 2 * i * kRowBytes, pack_matrices<T>(&scores[i]));
 }
 
 // Starts output (256 columns, kRows) += v^T weights^T, of four tiles of the page.

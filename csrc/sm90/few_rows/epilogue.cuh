@@ -158,12 +158,8 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
         const int row = 2 * i + lane / 16 * 8 + lane % 8;
         uint8_t* place = staging + row * kSegmentBytes + swizzled((16 * warp + lane / 8 % 2 * 8) * 2, row);
 #pragma unroll
-        for (int t = 0; t < kTilesHalfV; ++t) {
-            const float* v = &own[t][i];
-            const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
-                                         pack(v[6], v[7], T())};
-            ptx::store_matrices_transposed(place + t * kRowBytes, matrices);
-        }
+        for (int t = 0; t < kTilesHalfV; ++t)
+            ptx::store_matrices_transposed(place + t * kRowBytes, pack_matrices<T>(&own[t][i]));
     }
 }
 

@@ -194,8 +194,8 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
     const bool is_mine = is_joined || !place.is_partial();
     if (!is_joined) scale_output(output, end.scale);
     if (!is_mine)
-        store_partial(Partial(params, tile, place, place.index), split.valid_rows(params, tile), output,
-                      consumer, [](int, float2* to, float2 values) { *to = values; });
+        for_each_pair(Partial(params, tile, place, place.index), split.valid_rows(params, tile), consumer,
+                      [&](int, float2* to, int i) { *to = make_float2(output[i], output[i + 1]); });
     if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);

@@ -26,12 +26,8 @@ __device__ inline void stage_rows(const float (&output)[128], uint8_t* staging) 
     for (int i = 0; i < 4; ++i) {
         uint8_t* place = ptx::further(segment, first ^ i * 32);
 #pragma unroll
-        for (int line = 0; line < 4; ++line) {
-            const float* v = &output[32 * line + 8 * i];
-            const uint32_t matrices[] = {pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()),
-                                         pack(v[6], v[7], T())};
-            ptx::store_matrices(place + line * kRowBytes, matrices);
-        }
+        for (int line = 0; line < 4; ++line)
+            ptx::store_matrices(place + line * kRowBytes, pack_matrices<T>(&output[32 * line + 8 * i]));
     }
 }
 
@@ -40,11 +36,10 @@ __device__ inline void scale_output(float (&output)[128], float2 scale) {
     for (int i = 0; i < 128; ++i) output[i] *= i / 2 % 2 == 0 ? scale.x : scale.y;
 }
 
-// A consumer's half of the output, 64 x 256 in the layout of wgmma's accumulators, two values at a time by
-// `store_pair(h, to, values)`, of the thread's row h.
-template <typename StorePair>
-__device__ inline void store_partial(const Partial& partial, int rows, const float (&output)[128],
-                                     int consumer, StorePair&& store_pair) {
+// Calls `work` with the places in a partial of this consumer's half, two neighbouring values at a time: in
+// which of the thread's two rows, where, and where they are in its output.
+template <typename Work>
+__device__ inline void for_each_pair(const Partial& partial, int rows, int consumer, Work&& work) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -53,8 +48,7 @@ __device__ inline void store_partial(const Partial& partial, int rows, const flo
         const int stride = partial.group_stride(octet) / 2;
         auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
 #pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride))
-            store_pair(h, at, make_float2(output[4 * i + 2 * h], output[4 * i + 2 * h + 1]));
+        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) work(h, at, 4 * i + 2 * h);
     }
 }
 
@@ -132,43 +126,33 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
 __device__ inline void store_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                    const ChunkPlace& place, int consumer, const float (&output)[128]) {
     const uint64_t kept = ptx::evict_last();
-    store_partial(place.partial(params, tile), chunk.valid_rows(params, tile), output, consumer,
-                  [&](int, float2* to, float2 values) { ptx::store(to, values, kept); });
+    for_each_pair(
+        place.partial(params, tile), chunk.valid_rows(params, tile), consumer,
+        [&](int, float2* to, int i) { ptx::store(to, make_float2(output[i], output[i + 1]), kept); });
 }
 
 // Adds a chunk to the sum of those before it, which this thread has stored.
 __device__ inline void add_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                  const ChunkPlace& place, const ChunkSum::Step (&steps)[2], int consumer,
                                  const float (&output)[128]) {
-    const Partial sum = place.partial(params, tile);
     const uint64_t kept = ptx::evict_last();
-    store_partial(sum, chunk.valid_rows(params, tile), output, consumer,
-                  [&](int h, float2* to, float2 values) {
-                      ptx::add(to, make_float2(steps[h].scaled(values.x), steps[h].scaled(values.y)), kept);
-                  });
+    for_each_pair(
+        place.partial(params, tile), chunk.valid_rows(params, tile), consumer, [&](int h, float2* to, int i) {
+            ptx::add(to, make_float2(steps[h].scaled(output[i]), steps[h].scaled(output[i + 1])), kept);
+        });
 }
 
 // Adds the sum of the chunks before, which this thread has stored, to a chunk's `output`.
 __device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                           const ChunkPlace& place, const ChunkSum::Step (&steps)[2],
                                           int consumer, float (&output)[128]) {
-    const Partial sum = place.partial(params, tile);
-    const int lane = threadIdx.x % 32, rows = chunk.valid_rows(params, tile);
     const uint64_t read_once = ptx::evict_first();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
-        if (octet * kOctetRows + lane / 4 >= rows) continue;
-        const int stride = sum.group_stride(octet) / 2;
-        const auto* at = reinterpret_cast<const float2*>(sum.group(octet, consumer * kGroups / 2)) + lane;
-#pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) {
-            const float2 earlier = ptx::load(at, read_once);
-            float* total = &output[4 * i + 2 * h];
-            total[0] = steps[h].add(earlier.x, total[0]);
-            total[1] = steps[h].add(earlier.y, total[1]);
-        }
-    }
+    for_each_pair(place.partial(params, tile), chunk.valid_rows(params, tile), consumer,
+                  [&](int h, const float2* at, int i) {
+                      const float2 earlier = ptx::load(at, read_once);
+                      output[i] = steps[h].add(earlier.x, output[i]);
+                      output[i + 1] = steps[h].add(earlier.y, output[i + 1]);
+                  });
 }
 
 }  // namespace mla::many_rows
