@@ -19,6 +19,8 @@ namespace mla {
 struct Chunk : Split {
     int index;  // within the sequence
     bool ends_piece;
+
+    __device__ bool ends_sequence() const { return page_end == pages_of(seq_len); }
 };
 
 // Calls `work` on each chunk of a piece.
@@ -35,25 +37,15 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
     } while (chunk.page_begin < piece.page_end);
 }
 
-// Where a chunk that has pages is kept: in one of its sequence's slots, or with others of it in one.
-struct ChunkPlace {
-    bool is_all_here;  // the part has all of the sequence
-    bool ends_sequence;
-    int slot;
-
-    __device__ ChunkPlace(const DecodeParams& params, const BlockPlan& plan, const Chunk& chunk)
-        : is_all_here(!SplitPlace(params, plan, chunk).is_partial()),
-          ends_sequence(chunk.index >= num_chunks(pages_of(chunk.seq_len), params.chunk_level) - 1) {
-        // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of
-        // a part share the place of the first of them, which so stays in the L2.
-        const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
-        slot = (is_all_here ? min(first_here, chunk.seq) : chunk.seq) * params.chunks_per_seq;
-        if (!is_all_here) slot += chunk.index;
-    }
-    __device__ Partial partial(const DecodeParams& params, const RowTile& tile) const {
-        return {params, tile, SplitPlace(0, 1, slot), 0};
-    }
-};
+// The slot of a chunk that has pages: one of its sequence's, or with others of it in one.
+__device__ inline int slot_of_chunk(const DecodeParams& params, const BlockPlan& plan, const Chunk& chunk,
+                                    bool is_all_here) {
+    if (!is_all_here) return chunk.seq * params.chunks_per_seq + chunk.index;
+    // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of a
+    // part share the place of the first of them, which so stays in the L2.
+    const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
+    return min(first_here, chunk.seq) * params.chunks_per_seq;
+}
 
 // A row's chunks so far: their normalized results, each times its weight, add up to the sum.
 struct ChunkSum {
@@ -65,10 +57,9 @@ struct ChunkSum {
         float keep = 1.f;  // by what to scale it, 1 but where a chunk outweighs the base by 2^kSlack
         float take = 1.f;  // by what to scale the chunk
 
-        __device__ float scaled(float value) const { return __fmul_rn(value, take); }
-        // As the L2 adds, which takes subnormal numbers for 0.
-        __device__ float add(float sum, float value) const {
-            return ptx::add_ftz(__fmul_rn(sum, keep), scaled(value));
+        // The sum with a chunk that is scaled already. As the L2 adds, which takes subnormal numbers for 0.
+        __device__ float add(float sum, float taken) const {
+            return ptx::add_ftz(__fmul_rn(sum, keep), taken);
         }
     };
     __device__ Step next(float lse) {
@@ -91,7 +82,7 @@ template <typename T, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                   const SplitPlace& place, int octet, int group) {
     constexpr int kUnroll = 2;  // chunks whose loads are under way together
-    const Partial first(params, tile, place, 0);
+    const Partial first(params, tile, place.first_slot);
     const int chunks = place.num_splits;
     const uint64_t read_once = ptx::evict_first();
     const int lane = threadIdx.x % 16;
@@ -123,22 +114,17 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
             const auto step = row_sum.next(lse[i]);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
-                const float4 next = value[i][v];
-                sum[v] = begin + i == 0 ? next
-                                        : make_float4(step.add(sum[v].x, next.x), step.add(sum[v].y, next.y),
-                                                      step.add(sum[v].z, next.z), step.add(sum[v].w, next.w));
+                float4 next = value[i][v];
+                if (begin + i > 0)
+                    next = make_float4(step.add(sum[v].x, __fmul_rn(next.x, step.take)),
+                                       step.add(sum[v].y, __fmul_rn(next.y, step.take)),
+                                       step.add(sum[v].z, __fmul_rn(next.z, step.take)),
+                                       step.add(sum[v].w, __fmul_rn(next.w, step.take)));
+                sum[v] = next;
             }
         }
     }
-    const Row row = row_of(params, tile, piece, octet * kOctetRows + lane / 2);
-    if (!row.valid) return;
-    const float scale = row_sum.inverse();
-    T* to = out_of<T>(params, piece.query, row) + group * kGroupColumns + lane % 2 * 4;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-        *reinterpret_cast<uint2*>(to + 2 * v * kGroupColumns) = make_uint2(
-            pack(sum[v].x * scale, sum[v].y * scale, T()), pack(sum[v].z * scale, sum[v].w * scale, T()));
-    if (group == 0 && lane % 2 == 0) *lse_of(params, piece.query, row) = row_sum.lse();
+    store_merged<T>(params, tile, piece, octet, group, sum, row_sum.inverse(), row_sum.lse());
 }
 
 // Merges the part's share of the sequences that others work on, too.

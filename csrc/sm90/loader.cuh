@@ -34,7 +34,7 @@ class Loader {
         int page_index = first_index_;
         if (pages_asked_for_ > 0 || split.seq != shared_.plan.first_seq)
             page_index = split.is_empty() ? 0 : table[split.page_begin];
-        reads_little_ = is_read_little(split);
+        evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
@@ -63,7 +63,7 @@ class Loader {
     // Whether the part reads so little, and so all parts do, that making room for it in the L2 would count:
     // what others left there may have to be written to memory first. The limits are measured, see NOTES.md.
     __device__ bool is_read_little(const Split& split) const {
-        return params_.chunk_level == 0 && shared_.plan.last_seq - shared_.plan.first_seq < kLittleSeqs &&
+        return shared_.plan.last_seq - shared_.plan.first_seq < kLittleSeqs &&
                split.page_end - split.page_begin <= kLittlePages;
     }
 
@@ -78,7 +78,7 @@ class Loader {
         ptx::barrier_arrive_expect(full(kGroup), tiles_in(kGroup) * (kTileBytes + query_bytes));
         if (together && pages_asked_for_ == 0) load_query_group<kGroup>(query);
         const CUtensorMap& map = kGroup == kRope ? maps_.k_rope : maps_.k_half;
-        if (reads_little_) {
+        if (evicts_first_) {
             ptx::load_box_evict_first(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head,
                                       kFirst, page_index);
         } else {
@@ -127,7 +127,7 @@ class Loader {
     RingPosition<1> q_round_;  // of q_empty
     int pages_asked_for_ = 0;
     int first_index_ = 0;
-    bool reads_little_;
+    bool evicts_first_;  // pages leave the L2 first: little is read, or sums of chunks are to stay there
 };
 
 }  // namespace mla

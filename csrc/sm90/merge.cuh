@@ -101,19 +101,10 @@ struct Merger {
 
     template <typename T>
     __device__ void store(const RowTile& tile, const Split& split, const MergeState<kVectors>& state) const {
-        const int lane = threadIdx.x % kHalf;
-        const Row row = row_of(params, tile, split, octet * kOctetRows + lane / 2);
-        if (!row.valid) return;
-        const float scale = state.weight == 0.f ? 0.f : ptx::reciprocal_approx(state.weight);
-        T* out = out_of<T>(params, split.query, row) + group * kGroupColumns + lane % 2 * 4;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-            *reinterpret_cast<uint2*>(out + 2 * v * kGroupColumns) =
-                make_uint2(pack(state.sum[v].x * scale, state.sum[v].y * scale, T()),
-                           pack(state.sum[v].z * scale, state.sum[v].w * scale, T()));
-        if (group == 0 && lane % 2 == 0)
-            *lse_of(params, split.query, row) =
-                state.weight == 0.f ? INFINITY : state.max + __logf(state.weight);
+        const bool is_empty = state.weight == 0.f;
+        store_merged<T>(params, tile, split, octet, group, state.sum,
+                        is_empty ? 0.f : ptx::reciprocal_approx(state.weight),
+                        is_empty ? INFINITY : state.max + __logf(state.weight));
     }
 };
 
@@ -126,7 +117,7 @@ __device__ inline void merge_wide(const DecodeParams& params, const RowTile& til
     constexpr int kItems = kGroups / (2 * kVectors);  // an item is a warp's work in an octet
     const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
     const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
-    const Partial first(params, tile, place, 0);
+    const Partial first(params, tile, place.first_slot);
     const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kItems;
 #pragma unroll 1
     for (int item = rank + warp * ranks; item < items; item += 4 * ranks) {
@@ -150,7 +141,7 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
                                   MergeScratch& scratch) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, half = lane / 16;
     const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
-    const Partial first(params, tile, place, 0);
+    const Partial first(params, tile, place.first_slot);
     const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kGroups;
     const int share = rank < items ? (items - rank - 1) / ranks + 1 : 0;
     const int warps = share == 1 ? 4 : share == 2 ? 2 : 1;  // that share an item

@@ -19,18 +19,17 @@ constexpr int kOctetRows = 8;
 constexpr int kGroupColumns = 8;
 constexpr int kGroups = kHeadDimV / kGroupColumns;
 
-// A tile's partial of one split.
+// A tile's partial of one split, in its slot.
 struct Partial {
     float* out;
     float* lse;
     int rows;
 
-    __device__ Partial(const DecodeParams& params, const RowTile& tile, const SplitPlace& place, int of_split)
+    __device__ Partial(const DecodeParams& params, const RowTile& tile, int slot)
         : rows(tile.rows(params, params.query_len)) {
         const int token = tile.kv_head * params.query_len + tile.first_token;
         const int head = tile.first_head - tile.kv_head * params.heads_per_group;
-        const int first =
-            (place.first_slot + of_split) * params.partial_rows + token * params.heads_per_group + head;
+        const int first = slot * params.partial_rows + token * params.heads_per_group + head;
         out =
             params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // of chunks there may be gigabytes
         lse = params.lse_partial + first;

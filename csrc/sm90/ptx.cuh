@@ -127,16 +127,18 @@ __device__ inline uint64_t evict_first() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ inline void store(float2* to, float2 value, uint64_t policy) {
-    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(value.x), "f"(value.y),
-                 "l"(policy)
-                 : "memory");
-}
-// Added in the L2, rounded to nearest, subnormal numbers and results taken for 0: add_ftz does the same.
-__device__ inline void add(float2* to, float2 value, uint64_t policy) {
-    asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to),
-                 "f"(value.x), "f"(value.y), "l"(policy)
-                 : "memory");
+// Added in the L2, rounded to nearest, subnormal numbers and results taken for 0 (add_ftz does the same), or
+// stored. In one, for the compiler writes either loop over many values by itself.
+__device__ inline void add_or_store(float2* to, float2 value, bool adds, uint64_t policy) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %3, 0;\n"
+        "@adds red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %4;\n"
+        "@!adds st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %4;\n"
+        "}\n" ::"l"(to),
+        "f"(value.x), "f"(value.y), "r"(static_cast<int>(adds)), "l"(policy)
+        : "memory");
 }
 __device__ inline float2 load(const float2* from, uint64_t policy) {
     float2 value;

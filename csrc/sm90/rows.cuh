@@ -2,6 +2,8 @@
 // and stores whole lines. And where a row's results go.
 #pragma once
 
+#include "numbers.cuh"
+#include "partial.cuh"
 #include "tiles.cuh"
 #include "work.cuh"
 
@@ -37,6 +39,23 @@ __device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile
         *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) =
             *reinterpret_cast<const uint4*>(staging + row * kSegmentBytes + swizzled(at, row));
     }
+}
+
+// What a half-warp has merged of an octet of rows: lane 2 r + i has columns 4 i to 4 i + 3 of row r, in
+// kVectors groups of columns, each second one from `group` on. `scale` and `lse` are the row's.
+template <typename T, int kVectors>
+__device__ inline void store_merged(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                    int octet, int group, const float4 (&sum)[kVectors], float scale,
+                                    float lse) {
+    const int lane = threadIdx.x % 16;
+    const Row row = row_of(params, tile, split, octet * kOctetRows + lane / 2);
+    if (!row.valid) return;
+    T* out = out_of<T>(params, split.query, row) + group * kGroupColumns + lane % 2 * 4;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<uint2*>(out + 2 * v * kGroupColumns) = make_uint2(
+            pack(sum[v].x * scale, sum[v].y * scale, T()), pack(sum[v].z * scale, sum[v].w * scale, T()));
+    if (group == 0 && lane % 2 == 0) *lse_of(params, split.query, row) = lse;
 }
 
 }  // namespace mla

@@ -131,6 +131,7 @@ struct SplitPlace {
         first_slot = max(0, min(first_slot, params.num_slots - num_splits));
     }
     __device__ bool is_partial() const { return num_splits > 1; }
+    __device__ int slot_of(int split) const { return first_slot + split; }
 };
 
 // A query row: one head of one query token.

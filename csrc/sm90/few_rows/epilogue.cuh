@@ -134,7 +134,7 @@ template <int kRows>
 __device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
                                        const SplitPlace& place, const RowTotal<kRows>& total, int consumer,
                                        HalfOutput<kRows>& own) {
-    const Partial other(params, tile, place, 1 - place.index);
+    const Partial other(params, tile, place.slot_of(1 - place.index));
     const int rows = split.valid_rows(params, tile), row = threadIdx.x % kRows;
     const PairWeights weights(total.log_sum_exp(-INFINITY), row < rows ? __ldcg(other.lse + row) : -INFINITY);
     if (threadIdx.x < rows) *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
@@ -163,15 +163,15 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
     }
 }
 
-// A thread a row.
+// A thread a row: its log-sum-exp, to a partial's, or where that is null the final one.
 template <int kRows>
 __device__ inline void store_lse(const DecodeParams& params, const RowTotal<kRows>& total,
-                                 const SplitPlace& place, const RowTile& tile, const Split& split) {
+                                 const RowTile& tile, const Split& split, float* of_partial) {
     if (threadIdx.x >= kRows) return;
     const Row row = row_of(params, tile, split, threadIdx.x);
     if (!row.valid) return;
-    if (place.is_partial()) {
-        Partial(params, tile, place, place.index).lse[threadIdx.x] = total.log_sum_exp(-INFINITY);
+    if (of_partial) {
+        of_partial[threadIdx.x] = total.log_sum_exp(-INFINITY);
     } else {
         *lse_of(params, split.query, row) = total.log_sum_exp(INFINITY);
     }
@@ -197,14 +197,13 @@ __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& 
     meet(shared, meeting_parity);  // also: what was staged for the split before has been copied
     const SplitPlace place(params, shared.plan, split);
     const Normalizer<kRows> normalizer(shared, consumer);
-    store_lse<kRows>(params, normalizer.total, place, tile, split);
+    const Partial partial(params, tile, place.slot_of(place.index));
+    store_lse<kRows>(params, normalizer.total, tile, split, place.is_partial() ? partial.lse : nullptr);
     join_halves<kRows>(shared, normalizer, consumer, meeting_parity, own, others);
     uint8_t* staging = shared.scratch[1 - consumer];
     const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
     const bool is_mine = is_joined || !place.is_partial();
-    if (!is_mine)
-        store_partial<kRows>(Partial(params, tile, place, place.index), split.valid_rows(params, tile), own,
-                             consumer);
+    if (!is_mine) store_partial<kRows>(partial, split.valid_rows(params, tile), own, consumer);
     if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);

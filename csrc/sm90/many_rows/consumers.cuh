@@ -187,14 +187,14 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
                                     const Split& split, const SplitEnd& end, int consumer, uint8_t* v_tiles,
                                     float (&output)[128]) {
     const SplitPlace place(params, shared.plan, split);
+    const Partial partial(params, tile, place.slot_of(place.index));
     if (consumer == kLeft)
-        store_lse(params, tile, split, end.lse, !place.is_partial(),
-                  Partial(params, tile, place, place.index));
+        store_lse(params, tile, split, end.lse, place.is_partial() ? partial.lse : nullptr);
     const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
     const bool is_mine = is_joined || !place.is_partial();
     if (!is_joined) scale_output(output, end.scale);
     if (!is_mine)
-        for_each_pair(Partial(params, tile, place, place.index), split.valid_rows(params, tile), consumer,
+        for_each_pair(partial, split.valid_rows(params, tile), consumer,
                       [&](int, float2* to, int i) { *to = make_float2(output[i], output[i + 1]); });
     if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
@@ -225,41 +225,47 @@ __device__ inline void consume_split(const DecodeParams& params, Storage& shared
 // A chunk's result to memory; or a sequence's, if the block has worked on all of it.
 template <typename T>
 __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                                    const Chunk& chunk, const SplitEnd& end, int consumer,
+                                    const Chunk& chunk, bool is_all_here, const SplitEnd& end, int consumer,
                                     const ConsumerState& state, float (&output)[128]) {
-    const ChunkPlace place(params, shared.plan, chunk);
     if (chunk.is_empty()) {
         if (chunk.seq_len > 0) return;  // a piece in which no chunk begins: only a plan for other lengths
-        if (consumer == kLeft) store_lse(params, tile, chunk, end.lse, true, place.partial(params, tile));
+        if (consumer == kLeft) store_lse(params, tile, chunk, end.lse, nullptr);
         store_zeros<T>(params, tile, chunk, consumer);
         return;
     }
+    const int slot = slot_of_chunk(params, shared.plan, chunk, is_all_here);
     ChunkSum(&sums)[2] = shared.sums[consumer][threadIdx.x % kWarpgroup];
     ChunkSum::Step steps[2];
-    float2 lse = end.lse;
-    if (place.is_all_here) {
+    if (is_all_here) {
         if (chunk.index == 0) sums[0] = sums[1] = {};
         const int rows_left = chunk.valid_rows(params, tile) - first_row_of_thread();
-        steps[0] = sums[0].next(rows_left > 0 ? lse.x : 0.f);  // padding never outweighs what was before
-        steps[1] = sums[1].next(rows_left > 8 ? lse.y : 0.f);
-        lse = make_float2(sums[0].lse(), sums[1].lse());
+        steps[0] = sums[0].next(rows_left > 0 ? end.lse.x : 0.f);  // padding never outweighs what was before
+        steps[1] = sums[1].next(rows_left > 8 ? end.lse.y : 0.f);
     }
-    const bool is_final = place.is_all_here && place.ends_sequence;
-    if (consumer == kLeft && (is_final || !place.is_all_here))
-        store_lse(params, tile, chunk, lse, is_final, place.partial(params, tile));
-    scale_output(output, end.scale);
-    const bool is_alone = !place.is_all_here || chunk.index == 0;  // nothing is there to be added to
+    const bool is_final = is_all_here && chunk.ends_sequence();
+    if (consumer == kLeft && (is_final || !is_all_here)) {
+        const float2 lse = is_final ? make_float2(sums[0].lse(), sums[1].lse()) : end.lse;
+        store_lse(params, tile, chunk, lse, is_final ? nullptr : Partial(params, tile, slot).lse);
+    }
+    const bool is_alone = !is_all_here || chunk.index == 0;  // nothing is there to be added to
     const bool is_plain = !__any_sync(~0u, steps[0].keep != 1.f || steps[1].keep != 1.f);
-    if (!is_alone && (is_final || !is_plain))
-        add_earlier_chunks(params, tile, chunk, place, steps, consumer, output);
+    const bool takes_sum = !is_alone && (is_final || !is_plain);
+    float2 scale = end.scale;
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {  // by itself, as it counts, and all of them: the code for one is long
+        rescale_output(output, scale);
+        if (i == 1 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
+        if (i == 0) {
+            scale = make_float2(steps[0].take, steps[1].take);
+        } else {
+            scale = is_final ? make_float2(sums[0].inverse(), sums[1].inverse()) : make_float2(1.f, 1.f);
+        }
+    }
     if (is_final) {
-        scale_output(output, make_float2(sums[0].inverse(), sums[1].inverse()));
         store_rows<T>(params, tile, chunk, output, consumer,
                       shared.k[state.stage.slot][consumer * kTilesHalfV]);
-    } else if (is_alone || !is_plain) {
-        store_chunk(params, tile, chunk, place, consumer, output);
     } else {
-        add_chunk(params, tile, chunk, place, steps, consumer, output);
+        keep_chunk(params, tile, chunk, slot, !is_alone && !takes_sum, consumer, output);
     }
 }
 
@@ -267,16 +273,16 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
 template <typename T>
 __device__ inline void consume_chunks(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                       const Split& piece, int consumer, ConsumerState& state) {
+    const bool is_all_here = !SplitPlace(params, shared.plan, piece).is_partial();
     for_each_chunk(params, piece, [&](const Chunk& chunk) {
-        float output[128] = {};  // else the values of the chunk before stay alive
+        float output[128];
         const SplitEnd end = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, chunk,
                                                                             chunk.ends_piece, state, output)
                                                : consume_right<T>(shared, chunk, state, output);
-        finish_chunk<T>(params, shared, tile, chunk, end, consumer, state, output);
+        finish_chunk<T>(params, shared, tile, chunk, is_all_here, end, consumer, state, output);
         if (!chunk.is_empty()) give_back_page(shared, consumer, state);
     });
-    const SplitPlace place(params, shared.plan, piece);
-    if (place.is_partial()) arrive(params, shared.plan, place, consumer);
+    if (!is_all_here) arrive(params, shared.plan, SplitPlace(params, shared.plan, piece), consumer);
 }
 
 }  // namespace mla::many_rows

@@ -77,9 +77,9 @@ __device__ inline void store_zeros(const DecodeParams& params, const RowTile& ti
                                     consumer * kColumnsHalfV)[thread] = 0;
 }
 
-// One thread of each quad writes its rows' log-sum-exp: the final one, or that of a partial.
+// One thread of each quad writes its rows' log-sum-exp: to a partial's, or where that is null the final one.
 __device__ inline void store_lse(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                 float2 lse, bool is_final, const Partial& partial) {
+                                 float2 lse, float* of_partial) {
     if (threadIdx.x % 4 != 0) return;
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
@@ -87,10 +87,10 @@ __device__ inline void store_lse(const DecodeParams& params, const RowTile& tile
         const Row row = row_of(params, tile, split, row_of_tile);
         if (!row.valid) continue;
         const float of_row = h == 0 ? lse.x : lse.y;
-        if (is_final) {
-            *lse_of(params, split.query, row) = of_row == -INFINITY ? INFINITY : of_row;
+        if (of_partial) {
+            of_partial[row_of_tile] = of_row;
         } else {
-            partial.lse[row_of_tile] = of_row;
+            *lse_of(params, split.query, row) = of_row == -INFINITY ? INFINITY : of_row;
         }
     }
 }
@@ -99,55 +99,43 @@ __device__ inline void store_lse(const DecodeParams& params, const RowTile& tile
 __device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
                                        const SplitPlace& place, const SplitEnd& end, int consumer,
                                        float (&output)[128]) {
-    const Partial other(params, tile, place, 1 - place.index);
-    const int lane = threadIdx.x % 32, rows = split.valid_rows(params, tile);
+    const Partial other(params, tile, place.slot_of(1 - place.index));
+    const int rows = split.valid_rows(params, tile);
+    float of_mine[2], of_other[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h, row = octet * kOctetRows + lane / 4;
+        const int row = first_row_of_thread() + 8 * h;
         if (row >= rows) continue;
-        const int stride = other.group_stride(octet) / 2;
-        const auto* at = reinterpret_cast<const float2*>(other.group(octet, consumer * kGroups / 2)) + lane;
         const PairWeights weights(h == 0 ? end.lse.x : end.lse.y, __ldcg(other.lse + row));
-        const float of_mine = weights.mine * weights.inverse * (h == 0 ? end.scale.x : end.scale.y);
-        const float of_other = weights.other * weights.inverse;
-#pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) {
-            const float2 value = __ldcg(at);
-            float* total = &output[4 * i + 2 * h];
-            total[0] = total[0] * of_mine + value.x * of_other;
-            total[1] = total[1] * of_mine + value.y * of_other;
-        }
-        if (consumer == kLeft && lane % 4 == 0)
+        of_mine[h] = weights.mine * weights.inverse * (h == 0 ? end.scale.x : end.scale.y);
+        of_other[h] = weights.other * weights.inverse;
+        if (consumer == kLeft && threadIdx.x % 4 == 0)
             *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
     }
+    for_each_pair(other, rows, consumer, [&](int h, const float2* at, int i) {
+        const float2 value = __ldcg(at);
+        output[i] = output[i] * of_mine[h] + value.x * of_other[h];
+        output[i + 1] = output[i + 1] * of_mine[h] + value.y * of_other[h];
+    });
 }
 
-// Stores a chunk. Many pages will pass through the L2 before it is read.
-__device__ inline void store_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                   const ChunkPlace& place, int consumer, const float (&output)[128]) {
-    const uint64_t kept = ptx::evict_last();
-    for_each_pair(
-        place.partial(params, tile), chunk.valid_rows(params, tile), consumer,
-        [&](int, float2* to, int i) { ptx::store(to, make_float2(output[i], output[i + 1]), kept); });
-}
-
-// Adds a chunk to the sum of those before it, which this thread has stored.
-__device__ inline void add_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                 const ChunkPlace& place, const ChunkSum::Step (&steps)[2], int consumer,
-                                 const float (&output)[128]) {
-    const uint64_t kept = ptx::evict_last();
-    for_each_pair(
-        place.partial(params, tile), chunk.valid_rows(params, tile), consumer, [&](int h, float2* to, int i) {
-            ptx::add(to, make_float2(steps[h].scaled(output[i]), steps[h].scaled(output[i + 1])), kept);
-        });
+// Stores a chunk, or adds it to the sum of those before it, which this thread has stored. Many pages will
+// pass through the L2 before that is read.
+__device__ inline void keep_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
+                                  int slot, bool adds, int consumer, const float (&output)[128]) {
+    const uint64_t policy = ptx::evict_last();
+    for_each_pair(Partial(params, tile, slot), chunk.valid_rows(params, tile), consumer,
+                  [&](int, float2* to, int i) {
+                      ptx::add_or_store(to, make_float2(output[i], output[i + 1]), adds, policy);
+                  });
 }
 
 // Adds the sum of the chunks before, which this thread has stored, to a chunk's `output`.
 __device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                          const ChunkPlace& place, const ChunkSum::Step (&steps)[2],
-                                          int consumer, float (&output)[128]) {
+                                          int slot, const ChunkSum::Step (&steps)[2], int consumer,
+                                          float (&output)[128]) {
     const uint64_t read_once = ptx::evict_first();
-    for_each_pair(place.partial(params, tile), chunk.valid_rows(params, tile), consumer,
+    for_each_pair(Partial(params, tile, slot), chunk.valid_rows(params, tile), consumer,
                   [&](int h, const float2* at, int i) {
                       const float2 earlier = ptx::load(at, read_once);
                       output[i] = steps[h].add(earlier.x, output[i]);
