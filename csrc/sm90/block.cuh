@@ -15,26 +15,24 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
+    const BlockPlan plan(params);  // by every thread, as nothing can begin without it
     const RowTile tile(params, params.first_row_tile + blockIdx.x);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
+    const int warp = ptx::uniform(thread / 32);
+    Loader<Storage> loader(params, maps, shared, plan, tile);
     if (thread == 0) {
-        shared.plan = BlockPlan(params);
+        shared.plan = plan;
     } else if (thread == kWarpgroup) {
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
-    } else if (thread == 2 * kWarpgroup) {
-        ptx::prefetch_map(maps.k_rope);
-        ptx::prefetch_map(maps.k_half);
-        ptx::prefetch_map(maps.q_nope);
-        ptx::prefetch_map(maps.q_pe);
+    } else if (warp == kConsumers * kWarps) {
+        if (ptx::elect_lane()) loader.begin();
     }
     __syncthreads();
 
     if (warpgroup == kConsumers) {
         ptx::give_registers<kProducerRegisters>();
-        if (thread != 2 * kWarpgroup) return;
-        Loader<Storage> loader(params, maps, shared, tile);
-        for_each_split(params, shared.plan, tile, [&](const Split& split) { loader.load(split); });
+        if (warp == kConsumers * kWarps && ptx::elect_lane()) loader.load_all();
         return;
     }
     ptx::take_registers<kConsumerRegisters>();

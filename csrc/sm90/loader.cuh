@@ -17,22 +17,37 @@ constexpr int kLittlePages = 32;
 template <typename Storage>
 class Loader {
   public:
-    // Asks for what does not depend on the first sequence's length, while that comes.
     __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared,
-                      const RowTile& tile)
-        : params_(params), maps_(maps), shared_(shared), tile_(tile) {
-        const int seq = shared.plan.first_seq, page = shared.plan.first_page;
-        if (seq < 0 || seq >= params.batch || page < 0 || page >= params.max_pages) return;
-        first_index_ = params.block_table[seq * params.block_table_stride + page];
+                      const BlockPlan& plan, const RowTile& tile)
+        : params_(params), maps_(maps), shared_(shared), plan_(plan), tile_(tile) {}
+
+    // Asks for what needs no barrier, while these are set up.
+    __device__ void begin() {
+        ptx::prefetch_map(maps_.k_rope);
+        ptx::prefetch_map(maps_.k_half);
+        ptx::prefetch_map(maps_.q_nope);
+        ptx::prefetch_map(maps_.q_pe);
+        const int seq = plan_.first_seq, page = plan_.first_page;
+        if (seq < 0 || seq >= params_.batch || page < 0 || page >= params_.max_pages) return;
+        ptx::prefetch(params_.seq_lens + seq);
+        first_index_ = params_.block_table[seq * params_.block_table_stride + page];
+        if (kQueryHasBarrier) first_seq_of_half_ = params_.parts[half_of_parts(params_)].first_seq;
         // The query to the L2, by one of the blocks that share it. A ragged one lies behind another trip.
-        if (page == 0 && !params.cu_seqlens_q) prefetch_query(seq);
+        if (page == 0 && !params_.cu_seqlens_q) prefetch_query(seq);
     }
+
+    __device__ void load_all() {
+        for_each_split(params_, plan_, tile_, [&](const Split& split) { load(split); });
+    }
+
+  private:
+    static constexpr bool kQueryHasBarrier = Storage::kQueryHasBarrier;
 
     // A split's query and its pages, each page as soon as the consumers give its place back.
     __device__ void load(const Split& split) {
         const int* table = params_.block_table + split.seq * params_.block_table_stride;
         int page_index = first_index_;
-        if (pages_asked_for_ > 0 || split.seq != shared_.plan.first_seq)
+        if (pages_asked_for_ > 0 || split.seq != plan_.first_seq)
             page_index = split.is_empty() ? 0 : table[split.page_begin];
         evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
@@ -40,11 +55,16 @@ class Loader {
             const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
-            if (Storage::kQueryHasBarrier && is_first) load_query(split.query);
+            if (kQueryHasBarrier && is_first) load_query(split.query);
             // All wait for the first page, which a second one would delay. With one row tile each block reads
             // pages of its own, and memory is too busy to be left alone for so long.
-            if (!Storage::kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
+            if (!kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
                 ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
+            if (kQueryHasBarrier && pages_asked_for_ >= kStages && half_is_idle()) {
+                ptx::barrier_wait(full(kRightV),
+                                  stage_.parity ^ 1);  // the page that has the place now is there
+                prefetch_page(page_index);
+            }
             load_group<kRope>(page_index, with_query, split.query);
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
@@ -59,12 +79,21 @@ class Loader {
         }
     }
 
-  private:
     // Whether the part reads so little, and so all parts do, that making room for it in the L2 would count:
     // what others left there may have to be written to memory first. The limits are measured, see NOTES.md.
     __device__ bool is_read_little(const Split& split) const {
-        return shared_.plan.last_seq - shared_.plan.first_seq < kLittleSeqs &&
+        return plan_.last_seq - plan_.first_seq < kLittleSeqs &&
                split.page_end - split.page_begin <= kLittlePages;
+    }
+
+    // Whether half of the SMs are, as few_rows plans have it (work.cuh, part_of_block). Then memory has time
+    // to bring a page to the L2 while its place is in use; else that costs 1 to 3 %.
+    __device__ bool half_is_idle() const { return first_seq_of_half_ >= params_.batch; }
+
+    __device__ void prefetch_page(int page_index) {
+        ptx::prefetch_box_evict_first(maps_.k_rope, 0, tile_.kv_head, kRopeTile, page_index);
+        ptx::prefetch_box_evict_first(maps_.k_half, 0, tile_.kv_head, first_tile(kLeftV), page_index);
+        ptx::prefetch_box_evict_first(maps_.k_half, 0, tile_.kv_head, first_tile(kRightV), page_index);
     }
 
     // A group of the page's tiles. A query without a barrier of its own counts under theirs; its tiles are
@@ -73,7 +102,7 @@ class Loader {
     __device__ void load_group(int page_index, bool with_query, const Query& query) {
         constexpr int kFirst = first_tile(kGroup);
         ptx::barrier_wait(&shared_.pages.empty[stage_.slot][kGroup], stage_.parity ^ 1);
-        const bool together = with_query && !Storage::kQueryHasBarrier;
+        const bool together = with_query && !kQueryHasBarrier;
         const int query_bytes = together ? query_tile_bytes() : 0;
         ptx::barrier_arrive_expect(full(kGroup), tiles_in(kGroup) * (kTileBytes + query_bytes));
         if (together && pages_asked_for_ == 0) load_query_group<kGroup>(query);
@@ -94,7 +123,7 @@ class Loader {
     }
 
     __device__ void load_query(const Query& query) {
-        if constexpr (Storage::kQueryHasBarrier)
+        if constexpr (kQueryHasBarrier)
             ptx::barrier_arrive_expect(&shared_.q_full, kTiles * query_tile_bytes());
         load_query_group<kRope>(query);
         load_query_group<kLeftV>(query);
@@ -111,7 +140,7 @@ class Loader {
     template <TileGroup kGroup>
     __device__ void load_query_group(const Query& query) {
         uint64_t* barrier = full(kGroup);
-        if constexpr (Storage::kQueryHasBarrier) barrier = &shared_.q_full;
+        if constexpr (kQueryHasBarrier) barrier = &shared_.q_full;
 #pragma unroll 1
         for (int t = 0; t < tiles_in(kGroup); t += params_.query_box_tiles)
             ptx::load_box(shared_.q[first_tile(kGroup) + t], kGroup == kRope ? maps_.q_pe : maps_.q_nope,
@@ -122,11 +151,13 @@ class Loader {
     const DecodeParams& params_;
     const DecodeMaps& maps_;
     Storage& shared_;
+    const BlockPlan& plan_;
     const RowTile& tile_;
     RingPosition<kStages> stage_;
     RingPosition<1> q_round_;  // of q_empty
     int pages_asked_for_ = 0;
     int first_index_ = 0;
+    int first_seq_of_half_ = 0;  // of the first part of the last half
     bool evicts_first_;  // pages leave the L2 first: little is read, or sums of chunks are to stay there
 };
 

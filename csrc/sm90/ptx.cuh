@@ -98,11 +98,27 @@ __device__ inline void load_box_evict_first(void* smem, const CUtensorMap& map, 
         : "memory");
 }
 
+// A line to the L1.
+__device__ inline void prefetch(const void* at) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(at) : "memory");
+}
+
 // A box to the L2 only.
 __device__ inline void prefetch_box(const CUtensorMap& map, int c1, int c2, int c3, int c4) {
     asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(0),
                  "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                  : "memory");
+}
+
+__device__ inline void prefetch_box_evict_first(const CUtensorMap& map, int c1, int c2, int c3, int c4) {
+    asm volatile(
+        "{\n"
+        ".reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.prefetch.tensor.5d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], policy;\n"
+        "}\n" ::"l"(&map),
+        "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
 }
 
 // ---- addresses, and how long lines stay in the L2 ----
@@ -185,6 +201,19 @@ __device__ inline void store_matrices_transposed(void* place, uint4 matrices) {
 // The same value in all lanes, which the compiler then keeps in a uniform register, where descriptors go.
 __device__ inline int uniform(int value) {
     return __shfl_sync(~0u, value, 0);
+}
+
+// Whether this is the one lane of the warp that acts for it.
+__device__ inline bool elect_lane() {
+    uint32_t elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}\n"
+        : "=r"(elected));
+    return elected != 0;
 }
 
 template <int kRegisters>

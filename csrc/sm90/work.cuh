@@ -6,18 +6,23 @@
 
 namespace mla {
 
+// Where the last half of the parts begins; the only part, if there is one.
+__device__ inline int half_of_parts(const DecodeParams& params) {
+    return min(params.num_parts - 1, (params.num_parts + 1) / 2);
+}
+
 // Which part a block works on. Blocks 2 k and 2 k + 1 run on the two SMs that share a way to memory: where
 // plans may leave the last half of the parts idle, the busy ones are spread over every second block.
 __device__ inline int part_of_block(const DecodeParams& params) {
-    const int block = blockIdx.y;
-    if (!params.spreads_parts) return block;
-    return block % 2 == 0 ? block / 2 : (params.num_parts + 1) / 2 + block / 2;
+    const unsigned block = blockIdx.y;
+    return params.spreads_parts ? block / 2 + block % 2 * half_of_parts(params) : block;
 }
 
 // The plan of the block's part.
 struct BlockPlan : PartPlan {
     int part;
 
+    BlockPlan() = default;
     __device__ explicit BlockPlan(const DecodeParams& params)
         : PartPlan(params.parts[part_of_block(params)]), part(part_of_block(params)) {}
 };
