@@ -1,5 +1,5 @@
 // The producer: one thread keeps the copy engine fetching queries and pages, ahead of the consumers. What is
-// asked for in few, large boxes arrives sooner: a thread takes 40 ns to ask for one.
+// asked for in few, large boxes arrives sooner.
 #pragma once
 
 #include "ptx.cuh"
@@ -21,7 +21,7 @@ class Loader {
                       const BlockPlan& plan, const RowTile& tile)
         : params_(params), maps_(maps), shared_(shared), plan_(plan), tile_(tile) {}
 
-    // Asks for what needs no barrier, while these are set up.
+    // Asks for what needs no barrier, while these are set up. By the thread that then calls `load_all`.
     __device__ void begin() {
         ptx::prefetch_map(maps_.k_rope);
         ptx::prefetch_map(maps_.k_half);
@@ -61,8 +61,7 @@ class Loader {
             if (!kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
                 ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
             if (kQueryHasBarrier && pages_asked_for_ >= kStages && half_is_idle()) {
-                ptx::barrier_wait(full(kRightV),
-                                  stage_.parity ^ 1);  // the page that has the place now is there
+                ptx::barrier_wait(full(kRightV), stage_.parity ^ 1);  // the page is there that has the place
                 prefetch_page(page_index);
             }
             load_group<kRope>(page_index, with_query, split.query);

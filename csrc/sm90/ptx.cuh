@@ -203,7 +203,9 @@ __device__ inline int uniform(int value) {
     return __shfl_sync(~0u, value, 0);
 }
 
-// Whether this is the one lane of the warp that acts for it.
+// Whether this is the one lane of the warp that acts for it, always the same. What is behind the question,
+// not behind a kept answer, the compiler takes to be one thread's: no loops around requests to the copy
+// engine.
 __device__ inline bool elect_lane() {
     uint32_t elected;
     asm volatile(
