@@ -15,24 +15,24 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
-    const BlockPlan plan(params);  // by every thread, as nothing can begin without it
+    const BlockPlan plan(params);  // first of all and by all: a branch before it would only delay it
     const RowTile tile(params, params.first_row_tile + blockIdx.x);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
-    const int warp = ptx::uniform(thread / 32);
+    const bool in_producer_warp = ptx::uniform(thread / 32) == kConsumers * kWarps;
     Loader<Storage> loader(params, maps, shared, plan, tile);
     if (thread == 0) {
         shared.plan = plan;
     } else if (thread == kWarpgroup) {
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
-    } else if (warp == kConsumers * kWarps) {
+    } else if (in_producer_warp) {
         if (ptx::elect_lane()) loader.begin();
     }
     __syncthreads();
 
     if (warpgroup == kConsumers) {
         ptx::give_registers<kProducerRegisters>();
-        if (warp == kConsumers * kWarps && ptx::elect_lane()) loader.load_all();
+        if (in_producer_warp && ptx::elect_lane()) loader.load_all();
         return;
     }
     ptx::take_registers<kConsumerRegisters>();

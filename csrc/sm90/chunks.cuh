@@ -72,7 +72,7 @@ struct ChunkSum {
         weight = __fadd_rn(__fmul_rn(weight, step.keep), step.take);
         return step;
     }
-    __device__ float inverse() const { return weight == 0.f ? 0.f : ptx::reciprocal_approx(weight); }
+    __device__ float inverse() const { return ptx::inverse_or_zero(weight); }
     __device__ float lse() const { return weight == 0.f ? INFINITY : __fmaf_rn(__log2f(weight), kLn2, base); }
 };
 
@@ -112,14 +112,13 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
             const auto step = row_sum.next(lse[i]);
+            const auto add = [&](float to, float chunk) { return step.add(to, __fmul_rn(chunk, step.take)); };
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 float4 next = value[i][v];
-                if (begin + i > 0)
-                    next = make_float4(step.add(sum[v].x, __fmul_rn(next.x, step.take)),
-                                       step.add(sum[v].y, __fmul_rn(next.y, step.take)),
-                                       step.add(sum[v].z, __fmul_rn(next.z, step.take)),
-                                       step.add(sum[v].w, __fmul_rn(next.w, step.take)));
+                if (begin + i > 0)  // the first is stored, not added: its subnormal numbers stay
+                    next = make_float4(add(sum[v].x, next.x), add(sum[v].y, next.y), add(sum[v].z, next.z),
+                                       add(sum[v].w, next.w));
                 sum[v] = next;
             }
         }

@@ -21,7 +21,7 @@ class Loader {
                       const BlockPlan& plan, const RowTile& tile)
         : params_(params), maps_(maps), shared_(shared), plan_(plan), tile_(tile) {}
 
-    // Asks for what needs no barrier, while these are set up. By the thread that then calls `load_all`.
+    // Asks for what needs no barrier, while these are set up. By the lane that then calls `load_all`.
     __device__ void begin() {
         ptx::prefetch_map(maps_.k_rope);
         ptx::prefetch_map(maps_.k_half);
@@ -31,13 +31,14 @@ class Loader {
         if (seq < 0 || seq >= params_.batch || page < 0 || page >= params_.max_pages) return;
         ptx::prefetch(params_.seq_lens + seq);
         first_index_ = params_.block_table[seq * params_.block_table_stride + page];
-        if (kQueryHasBarrier) first_seq_of_half_ = params_.parts[half_of_parts(params_)].first_seq;
+        if (Storage::kHalfMayIdle && params_.batch <= params_.num_parts)
+            first_seq_of_half_ = params_.parts[first_of_last_half(params_)].first_seq;
         // The query to the L2, by one of the blocks that share it. A ragged one lies behind another trip.
         if (page == 0 && !params_.cu_seqlens_q) prefetch_query(seq);
     }
 
     __device__ void load_all() {
-        for_each_split(params_, plan_, tile_, [&](const Split& split) { load(split); });
+        for_each_split<kOneLane>(params_, plan_, tile_, [&](const Split& split) { load(split); });
     }
 
   private:
@@ -60,7 +61,7 @@ class Loader {
             // pages of its own, and memory is too busy to be left alone for so long.
             if (!kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
                 ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
-            if (kQueryHasBarrier && pages_asked_for_ >= kStages && half_is_idle()) {
+            if (Storage::kHalfMayIdle && pages_asked_for_ >= kStages && half_is_idle()) {
                 ptx::barrier_wait(full(kRightV), stage_.parity ^ 1);  // the page is there that has the place
                 prefetch_page(page_index);
             }
@@ -85,14 +86,15 @@ class Loader {
                split.page_end - split.page_begin <= kLittlePages;
     }
 
-    // Whether half of the SMs are, as few_rows plans have it (work.cuh, part_of_block). Then memory has time
-    // to bring a page to the L2 while its place is in use; else that costs 1 to 3 %.
+    // Whether half of the SMs are. Then memory has time to bring a page to the L2 while its place is in use;
+    // else that costs 1 to 3 %. With more sequences than parts, one idle part says nothing of the others.
     __device__ bool half_is_idle() const { return first_seq_of_half_ >= params_.batch; }
 
     __device__ void prefetch_page(int page_index) {
-        ptx::prefetch_box_evict_first(maps_.k_rope, 0, tile_.kv_head, kRopeTile, page_index);
-        ptx::prefetch_box_evict_first(maps_.k_half, 0, tile_.kv_head, first_tile(kLeftV), page_index);
-        ptx::prefetch_box_evict_first(maps_.k_half, 0, tile_.kv_head, first_tile(kRightV), page_index);
+        const uint64_t policy = ptx::evict_first();
+        ptx::prefetch_box(maps_.k_rope, 0, tile_.kv_head, kRopeTile, page_index, policy);
+        ptx::prefetch_box(maps_.k_half, 0, tile_.kv_head, first_tile(kLeftV), page_index, policy);
+        ptx::prefetch_box(maps_.k_half, 0, tile_.kv_head, first_tile(kRightV), page_index, policy);
     }
 
     // A group of the page's tiles. A query without a barrier of its own counts under theirs; its tiles are
@@ -107,8 +109,8 @@ class Loader {
         if (together && pages_asked_for_ == 0) load_query_group<kGroup>(query);
         const CUtensorMap& map = kGroup == kRope ? maps_.k_rope : maps_.k_half;
         if (evicts_first_) {
-            ptx::load_box_evict_first(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head,
-                                      kFirst, page_index);
+            ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head, kFirst,
+                          page_index, ptx::evict_first());
         } else {
             ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head, kFirst,
                           page_index);

@@ -101,10 +101,9 @@ struct Merger {
 
     template <typename T>
     __device__ void store(const RowTile& tile, const Split& split, const MergeState<kVectors>& state) const {
-        const bool is_empty = state.weight == 0.f;
-        store_merged<T>(params, tile, split, octet, group, state.sum,
-                        is_empty ? 0.f : ptx::reciprocal_approx(state.weight),
-                        is_empty ? INFINITY : state.max + __logf(state.weight));
+        const float lse = state.weight == 0.f ? INFINITY : state.max + __logf(state.weight);
+        store_merged<T>(params, tile, split, octet, group, state.sum, ptx::inverse_or_zero(state.weight),
+                        lse);
     }
 };
 

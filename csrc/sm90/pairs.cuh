@@ -29,7 +29,7 @@ struct PairWeights {
         mine = ptx::exp2_approx((my_lse - offset) * kLog2E);
         other = ptx::exp2_approx((other_lse - offset) * kLog2E);
         const float sum = mine + other;  // 0 where neither saw a key
-        inverse = sum == 0.f ? 0.f : ptx::reciprocal_approx(sum);
+        inverse = ptx::inverse_or_zero(sum);
         lse = sum == 0.f ? INFINITY : max + __logf(sum);
     }
 };

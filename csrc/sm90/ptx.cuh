@@ -84,17 +84,13 @@ __device__ inline void load_box(void* smem, const CUtensorMap& map, uint64_t* ba
         : "memory");
 }
 
-// Likewise; the L2 makes room with these lines before it does with others.
-__device__ inline void load_box_evict_first(void* smem, const CUtensorMap& map, uint64_t* barrier, int c1,
-                                            int c2, int c3, int c4) {
+// Likewise; `policy` says how long its lines shall stay in the L2.
+__device__ inline void load_box(void* smem, const CUtensorMap& map, uint64_t* barrier, int c1, int c2, int c3,
+                                int c4, uint64_t policy) {
     asm volatile(
-        "{\n"
-        ".reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1, {%3, %4, %5, %6, %7}], [%2], policy;\n"
-        "}\n" ::"r"(smem_address(smem)),
-        "l"(&map), "r"(smem_address(barrier)), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(smem)),
+        "l"(&map), "r"(smem_address(barrier)), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
         : "memory");
 }
 
@@ -110,14 +106,11 @@ __device__ inline void prefetch_box(const CUtensorMap& map, int c1, int c2, int 
                  : "memory");
 }
 
-__device__ inline void prefetch_box_evict_first(const CUtensorMap& map, int c1, int c2, int c3, int c4) {
+__device__ inline void prefetch_box(const CUtensorMap& map, int c1, int c2, int c3, int c4, uint64_t policy) {
     asm volatile(
-        "{\n"
-        ".reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.prefetch.tensor.5d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], policy;\n"
-        "}\n" ::"l"(&map),
-        "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        "cp.async.bulk.prefetch.tensor.5d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], %6;" ::"l"(
+            &map),
+        "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
         : "memory");
 }
 
@@ -246,6 +239,11 @@ __device__ inline float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// 1 / x, and 0 where nothing was summed up.
+__device__ inline float inverse_or_zero(float x) {
+    return x == 0.f ? 0.f : reciprocal_approx(x);
 }
 
 }  // namespace mla::ptx

@@ -1,5 +1,5 @@
-// Final rows in q's dtype, from shared memory to `out`: a warpgroup lays its half of the columns out there
-// and stores whole lines. And where a row's results go.
+// Final rows in q's dtype to `out`: from shared memory, where a warpgroup lays its half of the columns out
+// and stores whole lines, or from the registers of those that merged them. And where a row's results go.
 #pragma once
 
 #include "numbers.cuh"

@@ -6,8 +6,8 @@
 
 namespace mla {
 
-// Where the last half of the parts begins; the only part, if there is one.
-__device__ inline int half_of_parts(const DecodeParams& params) {
+// The first part of the last half; the only part, if there is one.
+__device__ inline int first_of_last_half(const DecodeParams& params) {
     return min(params.num_parts - 1, (params.num_parts + 1) / 2);
 }
 
@@ -15,14 +15,13 @@ __device__ inline int half_of_parts(const DecodeParams& params) {
 // plans may leave the last half of the parts idle, the busy ones are spread over every second block.
 __device__ inline int part_of_block(const DecodeParams& params) {
     const unsigned block = blockIdx.y;
-    return params.spreads_parts ? block / 2 + block % 2 * half_of_parts(params) : block;
+    return params.spreads_parts ? block / 2 + block % 2 * first_of_last_half(params) : block;
 }
 
 // The plan of the block's part.
 struct BlockPlan : PartPlan {
     int part;
 
-    BlockPlan() = default;
     __device__ explicit BlockPlan(const DecodeParams& params)
         : PartPlan(params.parts[part_of_block(params)]), part(part_of_block(params)) {}
 };
@@ -92,25 +91,28 @@ struct Split {
     }
 };
 
+// Who walks the splits together.
+enum Walk { kWholeWarp, kOneLane };
+
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
 //
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
 // as which blocks meet is up to the plan and to the lengths, which all of them see alike.
-template <typename Work>
+template <Walk kWalk = kWholeWarp, typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const BlockPlan& plan, const RowTile& tile,
                                       Work&& work) {
-    // uniform() tells the compiler that a warp's lanes stay together, all along the pages.
-    const int last_seq = ptx::uniform(min(plan.last_seq, params.batch - 1));
-    for (int seq = ptx::uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) {
+    // Tells the compiler that a warp's lanes stay together, all along the pages.
+    const auto uniform = [](int value) { return kWalk == kWholeWarp ? ptx::uniform(value) : value; };
+    const int last_seq = uniform(min(plan.last_seq, params.batch - 1));
+    for (int seq = uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) {
         const int seq_len = params.seq_lens[seq];
         const int pages = min(pages_of(seq_len), params.max_pages);
         const Query query(params, seq);
         if (tile.first_token >= query.length) continue;
         const int page_begin = seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0;
         const int page_end = seq == plan.last_seq ? min(pages, plan.last_page_end) : pages;
-        work(Split{seq, min(seq_len, pages * kPageSize), ptx::uniform(page_begin), ptx::uniform(page_end),
-                   query});
+        work(Split{seq, min(seq_len, pages * kPageSize), uniform(page_begin), uniform(page_end), query});
     }
 }
 

@@ -45,7 +45,7 @@ struct RowTotal {
             sum += (of_warp.x + of_warp.y + (of_warp.z + of_warp.w)) * weight[consumer];
         }
     }
-    __device__ float inverse() const { return sum == 0.f ? 0.f : ptx::reciprocal_approx(sum); }
+    __device__ float inverse() const { return ptx::inverse_or_zero(sum); }
     __device__ float log_sum_exp(float empty) const { return sum == 0.f ? empty : max * kLn2 + __logf(sum); }
 };
 

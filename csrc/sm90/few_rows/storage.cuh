@@ -15,6 +15,7 @@ constexpr int kScratchBytes = kScratchRows * kColumnsHalfV * 4;
 template <int kRows>
 struct Storage {
     static constexpr bool kQueryHasBarrier = true;  // both consumers wait for it, each beside its own page
+    static constexpr bool kHalfMayIdle = true;  // of the parts, by the plan: what launches spread them for
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kRows * kRowBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];

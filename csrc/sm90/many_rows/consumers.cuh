@@ -249,23 +249,21 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
     }
     const bool is_alone = !is_all_here || chunk.index == 0;  // nothing is there to be added to
     const bool is_plain = !__any_sync(~0u, steps[0].keep != 1.f || steps[1].keep != 1.f);
-    const bool takes_sum = !is_alone && (is_final || !is_plain);
-    float2 scale = end.scale;
+    const bool adds = !is_alone && !is_final && is_plain;  // in the L2; else the sum comes here
+    const bool takes_sum = !is_alone && !adds;
 #pragma unroll 1
-    for (int i = 0; i < 3; ++i) {  // by itself, as it counts, and all of them: the code for one is long
+    for (int i = 0; i < (is_final ? 3 : 2); ++i) {  // a loop, for the code of a scaling is long
+        float2 scale = end.scale;
+        if (i == 1) scale = make_float2(steps[0].take, steps[1].take);
+        if (i == 2) scale = make_float2(sums[0].inverse(), sums[1].inverse());
         rescale_output(output, scale);
         if (i == 1 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
-        if (i == 0) {
-            scale = make_float2(steps[0].take, steps[1].take);
-        } else {
-            scale = is_final ? make_float2(sums[0].inverse(), sums[1].inverse()) : make_float2(1.f, 1.f);
-        }
     }
     if (is_final) {
         store_rows<T>(params, tile, chunk, output, consumer,
                       shared.k[state.stage.slot][consumer * kTilesHalfV]);
     } else {
-        keep_chunk(params, tile, chunk, slot, !is_alone && !takes_sum, consumer, output);
+        keep_chunk(params, tile, chunk, slot, adds, consumer, output);
     }
 }
 
@@ -275,13 +273,14 @@ __device__ inline void consume_chunks(const DecodeParams& params, Storage& share
                                       const Split& piece, int consumer, ConsumerState& state) {
     const bool is_all_here = !SplitPlace(params, shared.plan, piece).is_partial();
     for_each_chunk(params, piece, [&](const Chunk& chunk) {
-        float output[128];
+        float output[128];  // the first page's product overwrites it; of an empty chunk nobody reads it
         const SplitEnd end = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, chunk,
                                                                             chunk.ends_piece, state, output)
                                                : consume_right<T>(shared, chunk, state, output);
         finish_chunk<T>(params, shared, tile, chunk, is_all_here, end, consumer, state, output);
         if (!chunk.is_empty()) give_back_page(shared, consumer, state);
     });
+    // The place is worked out again: registers are short while there are chunks.
     if (!is_all_here) arrive(params, shared.plan, SplitPlace(params, shared.plan, piece), consumer);
 }
 

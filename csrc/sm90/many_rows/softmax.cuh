@@ -72,7 +72,7 @@ class OnlineSoftmax {
     }
 
   private:
-    __device__ float inverse(int h) const { return sum_[h] == 0.f ? 0.f : ptx::reciprocal_approx(sum_[h]); }
+    __device__ float inverse(int h) const { return ptx::inverse_or_zero(sum_[h]); }
     __device__ float log_sum_exp(int h) const {
         return sum_[h] == 0.f ? -INFINITY : max_[h] * kLn2 + __logf(sum_[h]);
     }

@@ -15,6 +15,7 @@ enum Consumer { kLeft = 0, kRight = 1 };
 // that took its place are read.
 struct Storage {
     static constexpr bool kQueryHasBarrier = false;  // it comes under those of its first page
+    static constexpr bool kHalfMayIdle = false;      // of the parts, by the plan
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
