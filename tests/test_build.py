@@ -126,6 +126,12 @@ def test_decode_kernels_lie_within_64_kb(machine_code):
         assert int(last, 16) < 0x10000, name
 
 
+def test_producer_asks_for_copies_without_loops(machine_code):
+    """Where ptxas does not know that one lane asks, it writes a loop over lanes (ptx.cuh, elect_lane)."""
+    assert "UTMALDG" in machine_code
+    assert "BRA.U.ANY" not in machine_code
+
+
 def test_host_warning_ends_the_build(wheel, tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

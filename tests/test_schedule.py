@@ -156,6 +156,16 @@ def test_idle_parts_are_marked_and_come_last_where_sequences_are_cut(lengths, pa
     assert all((row == idle) == (part not in busy) for part, row in enumerate(metadata.tolist()))
 
 
+@given(LENGTHS, PARTS)
+def test_an_idle_part_amid_few_rows_means_that_all_later_ones_are(lengths, parts):
+    """loader.cuh's half_is_idle looks at the first part of the last half alone, up to a sequence a part."""
+    lengths = lengths[:parts]
+    metadata, _ = plan(lengths, parts, 0, few_rows=True)
+    half = min(parts - 1, (parts + 1) // 2)
+    idle = (metadata[half:, Field.FIRST_SEQ] >= len(lengths)).tolist()
+    assert all(idle) or not idle[0]
+
+
 @given(LENGTHS, PARTS, st.booleans())
 def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
     metadata, _ = plan(lengths, parts, 0, few_rows)
