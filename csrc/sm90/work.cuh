@@ -91,7 +91,7 @@ struct Split {
     }
 };
 
-// Who walks the splits together.
+// Who walks the splits: a warp's lanes together, or one by itself, to which no other lane can give a value.
 enum Walk { kWholeWarp, kOneLane };
 
 // Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
