@@ -218,11 +218,11 @@ void check_decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, Tensor
 }
 
 // Scratch for `slots` partials of `rows` rows.
-void check_partials(TensorView out_partial, TensorView lse_partial, int64_t slots, int64_t rows) {
+void check_partials(TensorView out_partial, TensorView weight_sums, int64_t slots, int64_t rows) {
     check("out_partial", out_partial, {-1, -1, kHeadDimV}, kDLFloat, 32);
-    check("lse_partial", lse_partial, {out_partial.size(0), out_partial.size(1)}, kDLFloat, 32);
-    MLA_CHECK(out_partial.IsContiguous() && lse_partial.IsContiguous(),
-              "out_partial and lse_partial must be contiguous");
+    check("weight_sums", weight_sums, {out_partial.size(0), out_partial.size(1), 2}, kDLFloat, 32);
+    MLA_CHECK(out_partial.IsContiguous() && weight_sums.IsContiguous(),
+              "out_partial and weight_sums must be contiguous");
     MLA_CHECK(slots == 0 || (out_partial.size(0) >= slots && out_partial.size(1) >= rows),
               "out_partial: unexpected " << describe(out_partial) << ", expected " << slots << " x " << rows);
     MLA_CHECK(out_partial.size(0) * out_partial.size(1) <= INT_MAX,
@@ -232,7 +232,7 @@ void check_partials(TensorView out_partial, TensorView lse_partial, int64_t slot
 void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
             TensorView seq_lens, Optional<TensorView> cu_seqlens_q, int64_t max_query_len,
             TensorView tile_scheduler_metadata, TensorView out, TensorView lse, TensorView out_partial,
-            TensorView lse_partial, double softmax_scale, bool causal, int64_t chunk_level) {
+            TensorView weight_sums, double softmax_scale, bool causal, int64_t chunk_level) {
     check_decode(q_nope, q_pe, k_cache, block_table, seq_lens, cu_seqlens_q, max_query_len,
                  tile_scheduler_metadata, out, lse);
     check_chunk_level(chunk_level);
@@ -243,13 +243,13 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
     // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
     const int64_t slots = level > 0 ? batch * chunks_per_seq : parts > 1 ? parts : 0;
-    check_partials(out_partial, lse_partial, slots, max_query_len * heads);
+    check_partials(out_partial, weight_sums, slots, max_query_len * heads);
 
     const DecodeParams params{
         .out = data<void>(out),
         .lse = data<float>(lse),
         .out_partial = data<float>(out_partial),
-        .lse_partial = data<float>(lse_partial),
+        .weight_sums = data<float2>(weight_sums),
         .block_table = data<int>(block_table),
         .seq_lens = data<int>(seq_lens),
         .cu_seqlens_q = cu_seqlens_q ? data<int>(*cu_seqlens_q) : nullptr,
@@ -279,7 +279,6 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .num_row_tiles = static_cast<int>(tiling.num_row_tiles),
         .first_row_tile = 0,
         .arrivals_slot = 0,
-        .spreads_parts = false,
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
         .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};

@@ -54,7 +54,7 @@ struct DecodeParams {
     void* out;                // (b, s_q, h_q, 512), or ragged (tokens, h_q, 512)
     float* lse;               // (b, h_q, s_q), or ragged (h_q, tokens)
     float* out_partial;       // (num_slots, partial_rows, 512), laid out as partial.cuh says
-    float* lse_partial;       // (num_slots, partial_rows)
+    float2* weight_sums;      // (num_slots, partial_rows) of each partial row: numbers.cuh's WeightSum
     const int* block_table;   // (b, max_pages)
     const int* seq_lens;      // (b)
     const int* cu_seqlens_q;  // (b + 1) first query token of each sequence; null where all have s_q
@@ -86,7 +86,6 @@ struct DecodeParams {
     int num_row_tiles;   // over all KV heads
     int first_row_tile;  // of this launch
     int arrivals_slot;   // which of the kernel's sets of arrival counters this launch uses
-    bool spreads_parts;  // work.cuh's part_of_block
     bool causal;
     float softmax_scale;
     DType dtype;

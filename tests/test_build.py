@@ -91,7 +91,8 @@ def test_kernels_are_for_hopper_alone(compiler_logs):
 
 def test_no_kernel_spills(compiler_logs):
     for source, log in compiler_logs.items():
-        spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+        # a stack frame alone is an array that the compiler could not keep in registers
+        spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)]
         assert not any(spills), f"{source}:\n{log}"
     assert "bytes spill" in "".join(compiler_logs.values())  # the logs are ptxas's
 

@@ -3,9 +3,9 @@
     python tools/compare_builds.py OLD/_kernels.so NEW/_kernels.so [--rows 24] [--heads 16,32] [--repeat 11]
 
 A build is a copy of `vllm_flashmla_backend/flash_mla/_kernels.so`, made by `make env` of this tree or of
-another checkout whose functions take the same arguments (before 737fe47 they want more scratch where heads
-are no multiple of 8, and fail there). Times of two runs differ by more than most changes do; compare within
-one only.
+another checkout whose functions take the same arguments: since 2026-11-27 partial results come with two
+numbers a row, not one, and older builds refuse that. Times of two runs differ by more than most changes do;
+compare within one only.
 """
 
 from __future__ import annotations

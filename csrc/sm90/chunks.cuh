@@ -47,10 +47,9 @@ __device__ inline int slot_of_chunk(const DecodeParams& params, const BlockPlan&
     return min(first_here, chunk.seq) * params.chunks_per_seq;
 }
 
-// A row's chunks so far: their normalized results, each times its weight, add up to the sum.
+// A row's chunks so far: their results, divided by their own sums of weights, each times its weight, add up.
 struct ChunkSum {
-    float base = -INFINITY;  // weights are relative to exp(base)
-    float weight = 0.f;      // of all
+    WeightSum weights;  // of all chunks
 
     // What the next chunk does to the sum.
     struct Step {
@@ -62,18 +61,17 @@ struct ChunkSum {
             return ptx::add_ftz(__fmul_rn(sum, keep), taken);
         }
     };
-    __device__ Step next(float lse) {
+    // `log2_weight`: the chunk's, -inf where it saw no key.
+    __device__ Step next(float log2_weight) {
         Step step;
-        if (lse > base + kSlack * kLn2) {
-            step.keep = ptx::exp2_approx((base - lse) * kLog2E);  // 0 at the first chunk: base is -inf
-            base = lse;
+        if (log2_weight > weights.max + kSlack) {
+            step.keep = ptx::exp2_approx(weights.max - log2_weight);  // 0 at the first chunk: that is -inf
+            weights.max = log2_weight;
         }
-        step.take = lse == -INFINITY ? 0.f : ptx::exp2_approx((lse - base) * kLog2E);
-        weight = __fadd_rn(__fmul_rn(weight, step.keep), step.take);
+        step.take = log2_weight == -INFINITY ? 0.f : ptx::exp2_approx(log2_weight - weights.max);
+        weights.sum = __fadd_rn(__fmul_rn(weights.sum, step.keep), step.take);
         return step;
     }
-    __device__ float inverse() const { return ptx::inverse_or_zero(weight); }
-    __device__ float lse() const { return weight == 0.f ? INFINITY : __fmaf_rn(__log2f(weight), kLn2, base); }
 };
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
@@ -88,18 +86,18 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
     const int lane = threadIdx.x % 16;
     const int row_of_octet = min(lane / 2, first.octet_rows(octet) - 1);  // past a cut octet's end the last
     const int vector_stride = 2 * first.group_stride(octet);
-    const float* lse_row = first.lse + octet * kOctetRows + row_of_octet;
+    const float2* weights_row = first.weight_sums + octet * kOctetRows + row_of_octet;
     const float* out = first.group(octet, group) + row_of_octet * kGroupColumns + lane % 2 * 4;
     ChunkSum row_sum;
     float4 sum[kVectors] = {};
 #pragma unroll 1
     for (int begin = 0; begin < chunks; begin += kUnroll) {
         float4 value[kUnroll][kVectors];
-        float lse[kUnroll];
+        float log2_weight[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
-            lse[i] = __ldcg(lse_row + (begin + i) * params.partial_rows);
+            log2_weight[i] = __ldcg(&weights_row[(begin + i) * params.partial_rows].x);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v)
                 value[i][v] =
@@ -111,7 +109,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
-            const auto step = row_sum.next(lse[i]);
+            const auto step = row_sum.next(log2_weight[i]);
             const auto add = [&](float to, float chunk) { return step.add(to, __fmul_rn(chunk, step.take)); };
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
@@ -123,7 +121,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
             }
         }
     }
-    store_merged<T>(params, tile, piece, octet, group, sum, row_sum.inverse(), row_sum.lse());
+    store_merged<T>(params, tile, piece, octet, group, sum, row_sum.weights);
 }
 
 // Merges the part's share of the sequences that others work on, too.

@@ -44,7 +44,6 @@ void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStrea
                                   ? params.num_row_tiles
                                   : std::max(1, std::min(sms, kMaxBlocks) / params.num_parts);
     DecodeParams launched = params;
-    launched.spreads_parts = has_few_rows(params);
     for (int first = 0; first < params.num_row_tiles; first += tiles_at_once) {
         const int tiles = std::min(tiles_at_once, params.num_row_tiles - first);
         launched.first_row_tile = first;

@@ -57,10 +57,6 @@ class Loader {
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
             if (kQueryHasBarrier && is_first) load_query(split.query);
-            // All wait for the first page, which a second one would delay. With one row tile each block reads
-            // pages of its own, and memory is too busy to be left alone for so long.
-            if (!kQueryHasBarrier && pages_asked_for_ == 1 && gridDim.x > 1)
-                ptx::barrier_wait(&shared_.pages.full[0][kRightV], 0);
             if (Storage::kHalfMayIdle && pages_asked_for_ >= kStages && half_is_idle()) {
                 ptx::barrier_wait(full(kRightV), stage_.parity ^ 1);  // the page is there that has the place
                 prefetch_page(page_index);
@@ -102,6 +98,8 @@ class Loader {
     template <TileGroup kGroup>
     __device__ void load_group(int page_index, bool with_query, const Query& query) {
         constexpr int kFirst = first_tile(kGroup);
+        // All wait for the first page, which a second one would delay: it follows group by group.
+        if (pages_asked_for_ == 1) ptx::barrier_wait(&shared_.pages.full[0][kGroup], 0);
         ptx::barrier_wait(&shared_.pages.empty[stage_.slot][kGroup], stage_.parity ^ 1);
         const bool together = with_query && !kQueryHasBarrier;
         const int query_bytes = together ? query_tile_bytes() : 0;

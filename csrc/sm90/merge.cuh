@@ -1,5 +1,5 @@
-// The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i with
-// w_i = exp(lse_i - lse), lse = log sum_i exp(lse_i).
+// The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i / sum_i w_i
+// sum_i with w_i = exp2(max_i), all relative to the largest.
 //
 // A warpgroup that has written its half of a partial says so (arrivals.cuh) and works on. At its end it waits
 // until all splits of its last sequence are written, and merges its share of their rows: all SMs merge, and
@@ -15,35 +15,32 @@
 
 namespace mla {
 
-// Some splits of a row merged, in a lane's columns: the sum of weight * value, relative to the weight
-// exp(max).
+// Some splits of a row merged, in a lane's columns.
 template <int kVectors>
 struct MergeState {
-    float4 sum[kVectors] = {};
-    float max = -INFINITY;
-    float weight = 0.f;
+    float4 out[kVectors] = {};
+    WeightSum weights;
 
     // Makes all relative to a maximum that is no less than `other`.
     __device__ void raise_to(float other) {
-        const float before = max;
-        max = fmaxf(max, other);
-        if (max == -INFINITY) return;  // nothing is summed up
-        const float keep = ptx::exp2_approx((before - max) * kLog2E);
-        weight *= keep;
+        const float before = weights.max;
+        weights.max = fmaxf(before, other);
+        if (weights.max == -INFINITY) return;  // nothing is summed up
+        const float keep = ptx::exp2_approx(before - weights.max);
+        weights.sum *= keep;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v)
-            sum[v] = make_float4(sum[v].x * keep, sum[v].y * keep, sum[v].z * keep, sum[v].w * keep);
+            out[v] = make_float4(out[v].x * keep, out[v].y * keep, out[v].z * keep, out[v].w * keep);
     }
-    // Adds splits whose weight is of_lse * exp(lse), relative to which their values are summed up. No lse may
-    // be more than the maximum.
-    __device__ void add(float lse, float of_lse, const float4 (&value)[kVectors]) {
-        if (lse == -INFINITY) return;  // saw no key
-        const float take = ptx::exp2_approx((lse - max) * kLog2E);
-        weight += of_lse * take;
+    // Adds other splits. Their maximum may be no more than this one.
+    __device__ void add(const WeightSum& other, const float4 (&value)[kVectors]) {
+        if (other.sum == 0.f) return;  // saw no key: its values may be anything
+        const float take = ptx::exp2_approx(other.max - weights.max);
+        weights.sum += other.sum * take;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v)
-            sum[v] = make_float4(sum[v].x + value[v].x * take, sum[v].y + value[v].y * take,
-                                 sum[v].z + value[v].z * take, sum[v].w + value[v].w * take);
+            out[v] = make_float4(out[v].x + value[v].x * take, out[v].y + value[v].y * take,
+                                 out[v].z + value[v].z * take, out[v].w + value[v].w * take);
     }
 };
 
@@ -70,40 +67,38 @@ struct Merger {
         const int lane = threadIdx.x % kHalf, group_stride = first.group_stride(octet);
         // Past a cut octet's end, its last row again.
         const int row = min(lane / 2, first.octet_rows(octet) - 1);
-        const float* lse_row = first.lse + octet * kOctetRows + row + begin * params.partial_rows;
+        const float2* weights_row =
+            first.weight_sums + octet * kOctetRows + row + begin * params.partial_rows;
         const float* out = first.group(octet, group) + row * kGroupColumns + lane % 2 * 4 +
                            begin * params.partial_rows * kHeadDimV;
         const int64_t stride = step * params.partial_rows;
 #pragma unroll 1
         for (; begin < end; begin += kUnroll * step) {
             float4 value[kUnroll][kVectors];
-            float lse[kUnroll];
+            WeightSum weights[kUnroll];
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) {
-                lse[i] = -INFINITY;
                 if (begin + i * step < end) {
-                    lse[i] = __ldcg(lse_row);
+                    weights[i] = WeightSum(__ldcg(weights_row));
 #pragma unroll
                     for (int v = 0; v < kVectors; ++v)
                         value[i][v] = __ldcg(reinterpret_cast<const float4*>(out + 2 * v * group_stride));
                 }
-                lse_row += stride;
+                weights_row += stride;
                 out += stride * kHeadDimV;
             }
-            float max = lse[0];
+            float max = weights[0].max;
 #pragma unroll
-            for (int i = 1; i < kUnroll; ++i) max = fmaxf(max, lse[i]);
+            for (int i = 1; i < kUnroll; ++i) max = fmaxf(max, weights[i].max);
             state.raise_to(max);
 #pragma unroll
-            for (int i = 0; i < kUnroll; ++i) state.add(lse[i], 1.f, value[i]);
+            for (int i = 0; i < kUnroll; ++i) state.add(weights[i], value[i]);
         }
     }
 
     template <typename T>
     __device__ void store(const RowTile& tile, const Split& split, const MergeState<kVectors>& state) const {
-        const float lse = state.weight == 0.f ? INFINITY : state.max + __logf(state.weight);
-        store_merged<T>(params, tile, split, octet, group, state.sum, ptx::inverse_or_zero(state.weight),
-                        lse);
+        store_merged<T>(params, tile, split, octet, group, state.out, state.weights);
     }
 };
 
@@ -150,11 +145,11 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
         const Merger<1> merger(params, first, item / kGroups, item % kGroups);
         MergeState<1> state;
         merger.template add_splits<8>(state, warp % warps * 2 + half, place.num_splits, 2 * warps);
-        const float4 other_half[] = {shuffle_xor(state.sum[0], 16)};
-        const float max = __shfl_xor_sync(~0u, state.max, 16);
-        const float weight = __shfl_xor_sync(~0u, state.weight, 16);
-        state.raise_to(max);
-        state.add(max, weight, other_half);
+        const float4 other_half[] = {shuffle_xor(state.out[0], 16)};
+        const WeightSum of_other(__shfl_xor_sync(~0u, state.weights.max, 16),
+                                 __shfl_xor_sync(~0u, state.weights.sum, 16));
+        state.raise_to(of_other.max);
+        state.add(of_other, other_half);
         if (warps > 1) {  // then each warp passes here once
             if (warp > 0) scratch[(warp - 1) * 32 + lane] = state;
             sync_warpgroup(consumer);
@@ -162,8 +157,8 @@ __device__ inline void merge_deep(const DecodeParams& params, const RowTile& til
 #pragma unroll 1
             for (int j = 1; j < warps; ++j) {
                 const MergeState<1>& other = scratch[(warp + j - 1) * 32 + lane];
-                state.raise_to(other.max);
-                state.add(other.max, other.weight, other.sum);
+                state.raise_to(other.weights.max);
+                state.add(other.weights, other.out);
             }
         }
         if (half == 0) merger.template store<T>(tile, split, state);

@@ -4,7 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
+
+#include "ptx.cuh"
 
 namespace mla {
 
@@ -15,6 +18,24 @@ constexpr float kLog2E = 1.44269504088896341f;
 // weights stay below 2^kSlack, exact all the same, and most pages leave the output as it is. So does the sum
 // of a sequence's chunks.
 constexpr float kSlack = 8.f;
+
+// A row's weights are relative to exp2(max); `sum` is that of all. A row that saw no key has -inf and 0.
+struct WeightSum {
+    float max = -INFINITY;
+    float sum = 0.f;
+
+    WeightSum() = default;
+    __device__ WeightSum(float max, float sum) : max(max), sum(sum) {}
+    __device__ explicit WeightSum(float2 pair) : max(pair.x), sum(pair.y) {}
+
+    // The same with a sum of 1.
+    __device__ WeightSum as_one() const {
+        return sum == 0.f ? WeightSum() : WeightSum(max + __log2f(sum), 1.f);
+    }
+    __device__ float inverse() const { return ptx::inverse_or_zero(sum); }
+    // +inf where no key was seen.
+    __device__ float log_sum_exp() const { return sum == 0.f ? INFINITY : (max + __log2f(sum)) * kLn2; }
+};
 
 __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -20,17 +20,18 @@ __device__ inline bool is_merged_here(const DecodeParams& params, const BlockPla
     return place.index == (both_end ? consumer : 0);
 }
 
-// By what a row's normalized results count, and by what to scale their sum; the row's log-sum-exp.
+// By what a row's two partial results are to be multiplied; the row's log-sum-exp.
 struct PairWeights {
-    float mine, other, inverse, lse;
+    float mine, other, lse;
 
-    __device__ PairWeights(float my_lse, float other_lse) {
-        const float max = fmaxf(my_lse, other_lse), offset = max == -INFINITY ? 0.f : max;
-        mine = ptx::exp2_approx((my_lse - offset) * kLog2E);
-        other = ptx::exp2_approx((other_lse - offset) * kLog2E);
-        const float sum = mine + other;  // 0 where neither saw a key
-        inverse = ptx::inverse_or_zero(sum);
-        lse = sum == 0.f ? INFINITY : max + __logf(sum);
+    __device__ PairWeights(const WeightSum& of_mine, const WeightSum& of_other) {
+        const float max = fmaxf(of_mine.max, of_other.max), offset = max == -INFINITY ? 0.f : max;
+        mine = ptx::exp2_approx(of_mine.max - offset);
+        other = ptx::exp2_approx(of_other.max - offset);
+        const WeightSum both(max, of_mine.sum * mine + of_other.sum * other);  // 0 where neither saw a key
+        mine *= both.inverse();
+        other *= both.inverse();
+        lse = both.log_sum_exp();
     }
 };
 

@@ -1,4 +1,5 @@
-// Partials: the unmerged float32 results of splits, and how they lie in memory.
+// Partials: the unmerged float32 results of splits, sums of weight * value that nothing has divided yet, and
+// how they lie in memory.
 //
 // A partial has query_len x h_q rows, ordered by KV head, query token and head. A tile's follow one another,
 // as it has whole tokens or heads of one; where they begin depends on the longest query, not on the
@@ -22,7 +23,7 @@ constexpr int kGroups = kHeadDimV / kGroupColumns;
 // A tile's partial of one split, in its slot.
 struct Partial {
     float* out;
-    float* lse;
+    float2* weight_sums;
     int rows;
 
     __device__ Partial(const DecodeParams& params, const RowTile& tile, int slot)
@@ -32,7 +33,7 @@ struct Partial {
         const int first = slot * params.partial_rows + token * params.heads_per_group + head;
         out =
             params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // of chunks there may be gigabytes
-        lse = params.lse_partial + first;
+        weight_sums = params.weight_sums + first;
     }
 
     __device__ int octet_rows(int octet) const { return min(kOctetRows, rows - octet * kOctetRows); }

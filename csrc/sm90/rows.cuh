@@ -42,20 +42,21 @@ __device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile
 }
 
 // What a half-warp has merged of an octet of rows: lane 2 r + i has columns 4 i to 4 i + 3 of row r, in
-// kVectors groups of columns, each second one from `group` on. `scale` and `lse` are the row's.
+// kVectors groups of columns, each second one from `group` on: sums, to be divided by that of the weights.
 template <typename T, int kVectors>
 __device__ inline void store_merged(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                    int octet, int group, const float4 (&sum)[kVectors], float scale,
-                                    float lse) {
+                                    int octet, int group, const float4 (&sum)[kVectors],
+                                    const WeightSum& weights) {
     const int lane = threadIdx.x % 16;
     const Row row = row_of(params, tile, split, octet * kOctetRows + lane / 2);
     if (!row.valid) return;
     T* out = out_of<T>(params, split.query, row) + group * kGroupColumns + lane % 2 * 4;
+    const float scale = weights.inverse();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
         *reinterpret_cast<uint2*>(out + 2 * v * kGroupColumns) = make_uint2(
             pack(sum[v].x * scale, sum[v].y * scale, T()), pack(sum[v].z * scale, sum[v].w * scale, T()));
-    if (group == 0 && lane % 2 == 0) *lse_of(params, split.query, row) = lse;
+    if (group == 0 && lane % 2 == 0) *lse_of(params, split.query, row) = weights.log_sum_exp();
 }
 
 }  // namespace mla

@@ -56,6 +56,22 @@ __device__ inline void sync_warpgroup(int consumer) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
 }
 
+// Likewise; whether `value` holds for any of them.
+__device__ inline bool any_of_warpgroup(int consumer, bool value) {
+    uint32_t any;
+    asm volatile(
+        "{\n"
+        ".reg .pred value, any;\n"
+        "setp.ne.u32 value, %3, 0;\n"
+        "barrier.cta.red.or.pred any, %1, %2, value;\n"
+        "selp.u32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(consumer + 1), "n"(kWarpgroup), "r"(static_cast<uint32_t>(value))
+        : "memory");
+    return any != 0;
+}
+
 // A warpgroup's warps give back a group of tiles.
 __device__ inline void init_page_barriers(PageBarriers& pages) {
     for (int stage = 0; stage < kStages; ++stage) {

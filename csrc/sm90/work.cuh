@@ -13,17 +13,18 @@ __device__ inline int first_of_last_half(const DecodeParams& params) {
 
 // Which part a block works on. Blocks 2 k and 2 k + 1 run on the two SMs that share a way to memory: where
 // plans may leave the last half of the parts idle, the busy ones are spread over every second block.
-__device__ inline int part_of_block(const DecodeParams& params) {
+__device__ inline int part_of_block(const DecodeParams& params, bool half_may_idle) {
     const unsigned block = blockIdx.y;
-    return params.spreads_parts ? block / 2 + block % 2 * first_of_last_half(params) : block;
+    return half_may_idle ? block / 2 + block % 2 * first_of_last_half(params) : block;
 }
 
 // The plan of the block's part.
 struct BlockPlan : PartPlan {
     int part;
 
-    __device__ explicit BlockPlan(const DecodeParams& params)
-        : PartPlan(params.parts[part_of_block(params)]), part(part_of_block(params)) {}
+    __device__ BlockPlan(const DecodeParams& params, bool half_may_idle)
+        : PartPlan(params.parts[part_of_block(params, half_may_idle)]),
+          part(part_of_block(params, half_may_idle)) {}
 };
 
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,

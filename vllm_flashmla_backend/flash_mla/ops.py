@@ -64,7 +64,7 @@ def decode(
     out: torch.Tensor,  # (b, s_q, h_q, 512) or (1, tokens, h_q, 512), filled
     lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, filled
     out_partial: torch.Tensor,  # (schedule.partial_slots, max_query_len * h_q, 512) float32, scratch
-    lse_partial: torch.Tensor,  # (schedule.partial_slots, max_query_len * h_q) float32, scratch
+    weight_sums: torch.Tensor,  # (schedule.partial_slots, max_query_len * h_q, 2) float32, scratch
     softmax_scale: float,
     causal: bool,
     chunk_level: int,
@@ -82,7 +82,7 @@ def decode(
         out,
         lse,
         out_partial,
-        lse_partial,
+        weight_sums,
         softmax_scale,
         causal,
         chunk_level,

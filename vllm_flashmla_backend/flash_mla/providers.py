@@ -87,7 +87,7 @@ class NativeProvider:
             self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
 
     def decode(self, args: DecodeArguments) -> None:
-        out_partial, lse_partial = empty_partials(args)
+        out_partial, weight_sums = empty_partials(args)
         with torch.cuda.device(self._device):
             self._ops.decode(
                 args.q_nope,
@@ -101,7 +101,7 @@ class NativeProvider:
                 args.out,
                 args.lse,
                 out_partial,
-                lse_partial,
+                weight_sums,
                 args.softmax_scale,
                 args.causal,
                 args.chunk_level,
@@ -109,14 +109,14 @@ class NativeProvider:
 
 
 def empty_partials(args: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the partial results of a call, (slots, max_query_len * h_q, 512) and without the 512, float32.
+    """Room for the partial results of a call, float32: values and weight_sums, as `ops.decode` takes them.
 
     How many splits there are is known on the GPU alone, so it is enough for as many as can be.
     """
     parts, (b, max_pages) = args.tile_scheduler_metadata.shape[0], args.block_table.shape
     slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
-    lse = args.lse.new_empty(slots, args.max_query_len * args.out.shape[2])
-    return args.lse.new_empty(*lse.shape, args.out.shape[3]), lse
+    rows = args.max_query_len * args.out.shape[2]
+    return args.lse.new_empty(slots, rows, args.out.shape[3]), args.lse.new_empty(slots, rows, 2)
 
 
 class ReferenceProvider:

@@ -122,12 +122,13 @@ def partial_slots(batch: int, parts: int, max_pages: int, chunk_level: int) -> i
     """Room for partial results that is enough for any lengths.
 
     Part p's split of sequence i has slot p + r, r being the sequences before i that have several
-    splits. Each of these begins in a part of its own, so there are at most min(batch, parts). A single part
-    splits nothing. In the batch-invariant mode every chunk of a sequence of up to `max_pages` has a slot.
+    splits. Each of these begins in a part of its own, and none of them in the last one, so there are at most
+    min(batch, parts - 1). A single part splits nothing. In the batch-invariant mode every chunk of a sequence
+    of up to `max_pages` has a slot.
     """
     if chunk_level > 0:
         return batch * most_chunks(max_pages, chunk_level)
-    return parts + min(batch, parts) if parts > 1 else 0
+    return parts - 1 + min(batch, parts - 1)
 
 
 def num_pages(length: int) -> int:

@@ -1,5 +1,6 @@
-// The two consumer warpgroups: each works on every second page, from scores to output, with a softmax and an
-// output of its own. While one computes weights, the other keeps the tensor cores busy.
+// The two consumer warpgroups. They score pages in turns; the weights of each page both multiply, each with
+// its half of the columns of V, and share one softmax. While one scores a page, the other may still be at the
+// output of the page before.
 #pragma once
 
 #include "../values.cuh"
@@ -10,10 +11,9 @@ namespace mla::few_rows {
 
 // What a consumer keeps from one split to the next.
 struct ConsumerState {
-    uint32_t page_parity = 0;
+    RingPosition<kStages> stage;
     uint32_t query_parity = 0;
     uint32_t meeting_parity = 0;
-    int pages = 0;  // of the part, both consumers' together
 };
 
 // scores (64 keys, kRows) = k q^T, group by group of tiles as the page arrives.
@@ -64,22 +64,6 @@ __device__ inline void start_output(const void* v_tiles, const void* weights, Ha
 }
 
 template <int kRows>
-__device__ inline void rescale_output(HalfOutput<kRows>& output, const float (&rescale)[kRows / 4]) {
-#pragma unroll
-    for (int t = 0; t < kTilesHalfV; ++t)
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) output[t][i] *= rescale[i / 4 * 2 + i % 2];
-}
-
-template <int kRows>
-__device__ inline bool is_rescaled(const float (&rescale)[kRows / 4]) {
-    bool changed = false;
-#pragma unroll
-    for (int v = 0; v < kRows / 4; ++v) changed |= rescale[v] != 1.f;
-    return __any_sync(~0u, changed);
-}
-
-template <int kRows>
 __device__ inline void clear(HalfOutput<kRows>& output) {
 #pragma unroll
     for (int t = 0; t < kTilesHalfV; ++t)
@@ -101,70 +85,84 @@ __device__ inline void mask_scores(const DecodeParams& params, const RowTile& ti
 #pragma unroll
     for (int v = 0; v < kRows / 4; ++v) {
         const int visible = visible_keys(params, split, row_of(params, tile, split, row_of_value(v)).token);
-        const int at = v / 2 * 4 + v % 2;
-        if (key >= visible) scores[at] = -INFINITY;
-        if (key + 8 >= visible) scores[at + 2] = -INFINITY;
+        if (key >= visible) scores[first_score(v)] = -INFINITY;
+        if (key + 8 >= visible) scores[first_score(v) + 2] = -INFINITY;
     }
 }
 
-// A page, from its scores to the output, and given back. `own` and `others`: the columns that this consumer
-// and that the other one will finish.
+// A page that this consumer scores: its weights to shared memory, for both.
 template <typename T, int kRows>
-__device__ inline void consume_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
-                                    const Split& split, int page, int visible_to_all, int consumer,
-                                    ConsumerState& state, OnlineSoftmax<kRows>& softmax,
-                                    HalfOutput<kRows>& own, HalfOutput<kRows>& others) {
-    const int first_key = page * kPageSize, stage = consumer;
-    float scores[kRows / 2], rescale[kRows / 4];
-    compute_scores<T, kRows>(shared, stage, state.page_parity, scores);
-    state.page_parity ^= 1;
+__device__ inline void score_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
+                                  const Split& split, int page, int consumer, const ConsumerState& state,
+                                  OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& output) {
+    const int first_key = page * kPageSize, stage = state.stage.slot;
+    float scores[kRows / 2];
+    compute_scores<T, kRows>(shared, stage, state.stage.parity, scores);
     warp_arrive(&shared.pages.empty[stage][kRope]);
     if (page + kConsumers >= split.page_end) warp_arrive(&shared.q_empty);
+    if (first_key + kPageSize > visible_keys(params, split, 0))
+        mask_scores<kRows>(params, tile, split, first_key, scores);
+    bool raises = page == split.page_begin;
+    if (!raises) raises = any_of_warpgroup(consumer, softmax.is_outgrown(scores));
+    raises = __any_sync(~0u, raises);  // so that the compiler knows that a warp's lanes stay together
+    if (raises) {
+        float rescale[kRows / 4];
+        softmax.raise(scores, shared.page_max[consumer], consumer, rescale);
+        rescale_output<kRows>(output, rescale);
+    }
+    softmax.weigh(scores, shared.max[stage]);
+    if (threadIdx.x % kWarpgroup == 0) shared.raised[stage] = raises;
+    store_weights<T, kRows>(scores, shared.weights[stage]);
+    ptx::fence_async_proxy();
+    ptx::barrier_arrive(&shared.weights_full[stage]);
+}
 
-    if (first_key + kPageSize > visible_to_all) mask_scores<kRows>(params, tile, split, first_key, scores);
-    softmax.update(scores, rescale, shared.page_max[consumer], consumer);
-    store_weights<T, kRows>(scores, shared.weights[consumer]);
-    if (split.seq_len < first_key + kPageSize) {
-        zero_values_past_end<kTilesV>(shared.k[stage], split.seq_len - first_key, consumer);
-    } else {
-        ptx::fence_async_proxy();
-        sync_warpgroup(consumer);
+// A page, from its scores to this consumer's half of the output, which then is given back.
+template <typename T, int kRows>
+__device__ inline void consume_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
+                                    const Split& split, int page, int consumer, ConsumerState& state,
+                                    OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& output) {
+    const int stage = state.stage.slot;
+    uint8_t (*v_tiles)[kTileBytes] = &shared.k[stage][consumer * kTilesHalfV];
+    if (stage == consumer)
+        score_page<T, kRows>(params, shared, tile, split, page, consumer, state, softmax, output);
+    ptx::barrier_wait(&shared.weights_full[stage], state.stage.parity);
+    if (stage != consumer) {
+        if (__any_sync(~0u, shared.raised[stage])) {
+            float rescale[kRows / 4];
+            softmax.follow(shared.max[stage], rescale);
+            rescale_output<kRows>(output, rescale);
+        }
+        ptx::barrier_wait(&shared.pages.full[stage][consumer], state.stage.parity);
     }
-    if (is_rescaled<kRows>(rescale)) {
-        rescale_output<kRows>(own, rescale);
-        rescale_output<kRows>(others, rescale);
-    }
-    const int other = 1 - consumer;
-    start_output<T, kRows>(shared.k[stage][consumer * kTilesHalfV], shared.weights[consumer], own);
-    start_output<T, kRows>(shared.k[stage][other * kTilesHalfV], shared.weights[consumer], others);
-    wgmma::wait<1>();
-    warp_arrive(&shared.pages.empty[stage][consumer]);
+    if (split.seq_len < (page + 1) * kPageSize)
+        zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - page * kPageSize, consumer);
+    start_output<T, kRows>(v_tiles, shared.weights[stage], output);
     wgmma::wait<0>();
-    warp_arrive(&shared.pages.empty[stage][other]);
-    pin<kRows>(own);
-    pin<kRows>(others);
+    warp_arrive(&shared.pages.empty[stage][consumer]);
+    pin<kRows>(output);
+    state.stage.next();
 }
 
 // A split, from its pages to its result in memory.
 template <typename T, int kRows>
 __device__ inline void consume(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
                                const Split& split, int consumer, ConsumerState& state) {
-    HalfOutput<kRows> own, others;
-    clear<kRows>(own);
-    clear<kRows>(others);
+    HalfOutput<kRows> output;
+    const SplitPlace place(params, shared.plan, split);
+    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
+    clear<kRows>(output);
     OnlineSoftmax<kRows> softmax(params.softmax_scale);
     if (!split.is_empty()) {
         ptx::barrier_wait(&shared.q_full, state.query_parity);
         state.query_parity ^= 1;
-        const int visible_to_all = visible_keys(params, split, 0);
-        int page = split.page_begin + (state.pages + consumer) % kConsumers;
-        if (page >= split.page_end) warp_arrive(&shared.q_empty);  // none of its pages is this consumer's
-        for (; page < split.page_end; page += kConsumers)
-            consume_page<T, kRows>(params, shared, tile, split, page, visible_to_all, consumer, state,
-                                   softmax, own, others);
-        state.pages += split.page_end - split.page_begin;
+        if (split.page_end - split.page_begin == 1 && state.stage.slot != consumer)
+            warp_arrive(&shared.q_empty);  // it scores none of the pages
+        for (int page = split.page_begin; page < split.page_end; ++page)
+            consume_page<T, kRows>(params, shared, tile, split, page, consumer, state, softmax, output);
     }
-    finish_split<T, kRows>(params, shared, tile, split, consumer, state.meeting_parity, softmax, own, others);
+    finish_split<T, kRows>(params, shared, tile, split, place, is_joined, consumer, 1 - state.stage.slot,
+                           state.meeting_parity, softmax, output);
 }
 
 }  // namespace mla::few_rows

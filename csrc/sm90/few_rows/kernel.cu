@@ -16,6 +16,7 @@ __device__ void init_barriers(Storage<kRows>& shared) {
     ptx::barrier_init(&shared.q_empty, kConsumers * kWarps);
     ptx::barrier_init(&shared.meeting, kConsumers * kWarpgroup);
     init_page_barriers(shared.pages);
+    for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&shared.weights_full[stage], kWarpgroup);
     ptx::fence_barrier_init();
 }
 

@@ -1,4 +1,5 @@
-// Online softmax over the scores of 64 keys x kRows query rows as wgmma leaves them in registers.
+// Online softmax over the scores of 64 keys x kRows query rows as wgmma leaves them in registers. Two
+// consumers share it: they score a split's pages in turns, and each follows the other's maxima.
 //
 // A thread holds two keys, 8 apart, of kRows / 4 rows: element 4 i + 2 h + e of `scores` is of key
 // 16 warp + lane / 4 + 8 h and of row 8 i + 2 (lane % 4) + e. So a row's 64 scores lie in 8 lanes of each of
@@ -17,6 +18,11 @@ namespace mla::few_rows {
 // The row of the thread's value 2 i + e; the next one is that of 2 i + 1.
 __device__ inline int row_of_value(int value) {
     return value / 2 * 8 + threadIdx.x % 4 * 2 + value % 2;
+}
+
+// Where the value's first score is; its second is 2 further.
+__device__ constexpr int first_score(int value) {
+    return value / 2 * 4 + value % 2;
 }
 
 // Over the 8 lanes that hold the same rows.
@@ -41,17 +47,24 @@ class OnlineSoftmax {
         }
     }
 
-    // Turns scores into weights relative to the stored maximum; `rescale` says by how much to scale what was
-    // summed so far. The warpgroup's warps meet here once.
-    __device__ void update(float (&scores)[2 * kValues], float (&rescale)[kValues], OfWarps& page_max,
-                           int consumer) {
+    // Whether a score outgrows its row's stored maximum.
+    __device__ bool is_outgrown(const float (&scores)[2 * kValues]) const {
+        bool outgrown = false;
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) outgrown |= largest(scores, v) > max_[v] + kSlack;
+        return outgrown;
+    }
+
+    // Raises the stored maxima to a page's where these outgrow them; `rescale` says by how much to scale what
+    // was summed so far. The warpgroup's warps meet here.
+    __device__ void raise(const float (&scores)[2 * kValues], OfWarps& page_max, int consumer,
+                          float (&rescale)[kValues]) {
         const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll
         for (int v = 0; v < kValues; v += 2) {
-            const auto max = [](float a, float b) { return fmaxf(a, b); };
-            const float2 of_warp =
-                make_float2(reduce_lanes(fmaxf(scores[2 * v], scores[2 * v + 2]), max),
-                            reduce_lanes(fmaxf(scores[2 * v + 1], scores[2 * v + 3]), max));
+            const auto larger = [](float a, float b) { return fmaxf(a, b); };
+            const float2 of_warp = make_float2(reduce_lanes(largest(scores, v), larger),
+                                               reduce_lanes(largest(scores, v + 1), larger));
             if (lane < 4) *reinterpret_cast<float2*>(&page_max[warp][row_of_value(v)]) = of_warp;
         }
         sync_warpgroup(consumer);
@@ -60,38 +73,61 @@ class OnlineSoftmax {
             float2 max = make_float2(-INFINITY, -INFINITY);
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) {
-                const float2 other = *reinterpret_cast<const float2*>(&page_max[w][row_of_value(v)]);
-                max = make_float2(fmaxf(max.x, other.x), fmaxf(max.y, other.y));
+                const float2 of_warp = *reinterpret_cast<const float2*>(&page_max[w][row_of_value(v)]);
+                max = make_float2(fmaxf(max.x, of_warp.x), fmaxf(max.y, of_warp.y));
             }
-            rescale[v] = weigh(v, max.x * scale_log2_, scores[2 * v], scores[2 * v + 2]);
-            rescale[v + 1] = weigh(v + 1, max.y * scale_log2_, scores[2 * v + 1], scores[2 * v + 3]);
+            rescale[v] = raise_to(v, max.x > max_[v] + kSlack ? max.x : max_[v]);
+            rescale[v + 1] = raise_to(v + 1, max.y > max_[v + 1] + kSlack ? max.y : max_[v + 1]);
         }
     }
 
-    // Hands over what RowTotal needs of this consumer, after its last page. Both consumers meet behind it.
-    __device__ void publish(float (&sum)[kRows][kWarps], float (&max)[kRows][kConsumers],
-                            int consumer) const {
+    // Turns scores into weights relative to the stored maxima, which go to `max` for the other consumer.
+    __device__ void weigh(float (&scores)[2 * kValues], float (&max)[kRows]) {
+        if (threadIdx.x % kWarpgroup < 4)
+#pragma unroll
+            for (int v = 0; v < kValues; v += 2)
+                *reinterpret_cast<float2*>(&max[row_of_value(v)]) = make_float2(max_[v], max_[v + 1]);
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) {
+            const float offset = max_[v] == -INFINITY ? 0.f : max_[v];  // no key seen yet: weights 0, not NaN
+            float& first = scores[first_score(v)];
+            float& second = scores[first_score(v) + 2];
+            first = ptx::exp2_approx(fmaf(first, scale_log2_, -offset));
+            second = ptx::exp2_approx(fmaf(second, scale_log2_, -offset));
+            sum_[v] += first + second;
+        }
+    }
+
+    // After a page with which the other consumer has raised the maxima.
+    __device__ void follow(const float (&max)[kRows], float (&rescale)[kValues]) {
+#pragma unroll
+        for (int v = 0; v < kValues; v += 2) {
+            const float2 of_other = *reinterpret_cast<const float2*>(&max[row_of_value(v)]);
+            rescale[v] = raise_to(v, of_other.x);
+            rescale[v + 1] = raise_to(v + 1, of_other.y);
+        }
+    }
+
+    // Hands over this consumer's sums, after its last page. Both consumers meet behind it.
+    __device__ void publish(float (&sum)[kRows][kWarps]) const {
         const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll
         for (int v = 0; v < kValues; ++v) {
             const float of_warp = reduce_lanes(sum_[v], [](float a, float b) { return a + b; });
             if (lane < 4) sum[row_of_value(v)][warp] = of_warp;
-            if (lane < 4 && warp == 0) max[row_of_value(v)][consumer] = max_[v];
         }
     }
 
   private:
-    // Two scores of a row to weights; by how much to scale what was summed so far.
-    __device__ float weigh(int v, float page_max, float& first, float& second) {
-        float rescale = 1.f;
-        if (page_max > max_[v] + kSlack) {
-            rescale = ptx::exp2_approx(max_[v] - page_max);  // 0 at the first page: max_ is -inf
-            max_[v] = page_max;
-        }
-        const float offset = max_[v] == -INFINITY ? 0.f : max_[v];  // no key seen yet: weights 0, not NaN
-        first = ptx::exp2_approx(fmaf(first, scale_log2_, -offset));
-        second = ptx::exp2_approx(fmaf(second, scale_log2_, -offset));
-        sum_[v] = sum_[v] * rescale + (first + second);
+    __device__ float largest(const float (&scores)[2 * kValues], int v) const {
+        return fmaxf(scores[first_score(v)], scores[first_score(v) + 2]) * scale_log2_;
+    }
+
+    // By how much to scale what was summed so far; 0 at the first page: max_ is -inf.
+    __device__ float raise_to(int v, float max) {
+        const float rescale = max == max_[v] ? 1.f : ptx::exp2_approx(max_[v] - max);
+        max_[v] = max;
+        sum_[v] *= rescale;
         return rescale;
     }
 

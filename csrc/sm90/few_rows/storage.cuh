@@ -3,41 +3,42 @@
 
 #include "../arrivals.cuh"
 #include "../merge.cuh"
+#include "../rows.cuh"
 #include "../tiles.cuh"
 
 namespace mla::few_rows {
 
-constexpr int kScratchRows = 16;  // whose halves of the output are exchanged at a time
-constexpr int kScratchBytes = kScratchRows * kColumnsHalfV * 4;
-
-// Consumer i works on the pages in stage i, alone, with an output of its own, and gives all of a page back
-// itself: the rope tile once the scores are there, each half of V once it is multiplied.
+// Consumer i turns the pages in stage i into weights, which both then multiply, each with its half of V. So
+// the first one gives the rope tile back, and each its half.
 template <int kRows>
 struct Storage {
-    static constexpr bool kQueryHasBarrier = true;  // both consumers wait for it, each beside its own page
-    static constexpr bool kHalfMayIdle = true;  // of the parts, by the plan: what launches spread them for
+    static constexpr bool kQueryHasBarrier =
+        true;                                   // for both consumers wait for it, whose page ever is first
+    static constexpr bool kHalfMayIdle = true;  // of the parts, by the plan
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kRows * kRowBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
-    alignas(kSwizzleAtomBytes) uint8_t weights[kConsumers][kRows * kRowBytes];
-    // At a split's end: a consumer's half of the output for the other one, then the other's place for rows.
-    alignas(kSwizzleAtomBytes) uint8_t scratch[kConsumers][kScratchBytes];
+    alignas(kSwizzleAtomBytes) uint8_t weights[kStages][kRows * kRowBytes];
+    alignas(16) uint8_t staging[kConsumers][kRows * kSegmentBytes];  // of final rows, a consumer's own
     float page_max[kConsumers][kWarps][kRows];
-    alignas(16) float sum[kConsumers][kRows][kWarps];  // of the weights, at a split's end
-    alignas(8) float max[kRows][kConsumers];           // to which they are relative
+    alignas(8) float max[kStages][kRows];  // to which the weights of the stage's page are relative
+    bool raised[kStages];                  // whether that page has raised it
+    // Of a consumer's weights, at the end of every second split: the other may still read those of the last.
+    alignas(16) float sum[2][kConsumers][kRows][kWarps];
     Phases phases;
     BlockPlan plan;
     uint64_t q_full;
     uint64_t q_empty;
     uint64_t meeting;  // of all threads of both consumers
     PageBarriers pages;
+    uint64_t weights_full[kStages];
 
     __device__ MergeScratch& merge_scratch(int consumer) {
-        return reinterpret_cast<MergeScratch&>(scratch[1 - consumer]);
+        return reinterpret_cast<MergeScratch&>(staging[consumer]);
     }
 };
 static_assert(kStages == kConsumers);
 static_assert(sizeof(Storage<kFewRows>) <= kMaxSharedBytes);
-static_assert(sizeof(MergeScratch) <= kScratchBytes);
+static_assert(sizeof(MergeScratch) <= sizeof(Storage<kFewRows / 2>::staging[0]));
 
 }  // namespace mla::few_rows

@@ -184,18 +184,16 @@ __device__ inline SplitEnd consume_right(Storage& shared, const Split& split, Co
 // Stores a split's result, merged already if this block has what it takes. `v_tiles`: see store_rows.
 template <typename T>
 __device__ inline void finish_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
-                                    const Split& split, const SplitEnd& end, int consumer, uint8_t* v_tiles,
+                                    const Split& split, const SplitPlace& place, bool is_joined,
+                                    const SplitEnd& end, int consumer, uint8_t* v_tiles,
                                     float (&output)[128]) {
-    const SplitPlace place(params, shared.plan, split);
     const Partial partial(params, tile, place.slot_of(place.index));
-    if (consumer == kLeft)
-        store_lse(params, tile, split, end.lse, place.is_partial() ? partial.lse : nullptr);
-    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
     const bool is_mine = is_joined || !place.is_partial();
-    if (!is_joined) scale_output(output, end.scale);
     if (!is_mine)
         for_each_pair(partial, split.valid_rows(params, tile), consumer,
                       [&](int, float2* to, int i) { *to = make_float2(output[i], output[i + 1]); });
+    if (consumer == kLeft)
+        store_weight_sums(params, tile, split, end, place.is_partial() ? partial.weight_sums : nullptr);
     if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
@@ -205,6 +203,7 @@ __device__ inline void finish_split(const DecodeParams& params, Storage& shared,
     if (split.is_empty()) {
         store_zeros<T>(params, tile, split, consumer);
     } else {
+        if (!is_joined) scale_output(output, end.inverse());
         store_rows<T>(params, tile, split, output, consumer, v_tiles);
     }
 }
@@ -214,11 +213,13 @@ template <typename T>
 __device__ inline void consume_split(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                      const Split& split, int consumer, ConsumerState& state) {
     float output[128];
+    const SplitPlace place(params, shared.plan, split);
+    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
     const SplitEnd end = consumer == kLeft
                              ? consume_scores_and_left<T>(params, shared, tile, split, true, state, output)
                              : consume_right<T>(shared, split, state, output);
     uint8_t* v_tiles = shared.k[state.stage.slot][consumer * kTilesHalfV];
-    finish_split<T>(params, shared, tile, split, end, consumer, v_tiles, output);
+    finish_split<T>(params, shared, tile, split, place, is_joined, end, consumer, v_tiles, output);
     if (!split.is_empty()) give_back_page(shared, consumer, state);
 }
 
@@ -229,23 +230,27 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
                                     const ConsumerState& state, float (&output)[128]) {
     if (chunk.is_empty()) {
         if (chunk.seq_len > 0) return;  // a piece in which no chunk begins: only a plan for other lengths
-        if (consumer == kLeft) store_lse(params, tile, chunk, end.lse, nullptr);
+        if (consumer == kLeft) store_weight_sums(params, tile, chunk, end, nullptr);
         store_zeros<T>(params, tile, chunk, consumer);
         return;
     }
     const int slot = slot_of_chunk(params, shared.plan, chunk, is_all_here);
+    // Once its values are divided by the sum of its weights, a chunk has one weight: what it counts as.
+    const SplitEnd log2_weights{{end.rows[0].as_one(), end.rows[1].as_one()}};
     ChunkSum(&sums)[2] = shared.sums[consumer][threadIdx.x % kWarpgroup];
     ChunkSum::Step steps[2];
     if (is_all_here) {
         if (chunk.index == 0) sums[0] = sums[1] = {};
         const int rows_left = chunk.valid_rows(params, tile) - first_row_of_thread();
-        steps[0] = sums[0].next(rows_left > 0 ? end.lse.x : 0.f);  // padding never outweighs what was before
-        steps[1] = sums[1].next(rows_left > 8 ? end.lse.y : 0.f);
+        steps[0] = sums[0].next(rows_left > 0 ? log2_weights.rows[0].max : 0.f);  // padding never outweighs
+        steps[1] = sums[1].next(rows_left > 8 ? log2_weights.rows[1].max : 0.f);  // what was before
     }
     const bool is_final = is_all_here && chunk.ends_sequence();
     if (consumer == kLeft && (is_final || !is_all_here)) {
-        const float2 lse = is_final ? make_float2(sums[0].lse(), sums[1].lse()) : end.lse;
-        store_lse(params, tile, chunk, lse, is_final ? nullptr : Partial(params, tile, slot).lse);
+        SplitEnd weights = log2_weights;
+        if (is_final) weights = {{sums[0].weights, sums[1].weights}};
+        store_weight_sums(params, tile, chunk, weights,
+                          is_final ? nullptr : Partial(params, tile, slot).weight_sums);
     }
     const bool is_alone = !is_all_here || chunk.index == 0;  // nothing is there to be added to
     const bool is_plain = !__any_sync(~0u, steps[0].keep != 1.f || steps[1].keep != 1.f);
@@ -253,9 +258,9 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
     const bool takes_sum = !is_alone && !adds;
 #pragma unroll 1
     for (int i = 0; i < (is_final ? 3 : 2); ++i) {  // a loop, for the code of a scaling is long
-        float2 scale = end.scale;
+        float2 scale = end.inverse();
         if (i == 1) scale = make_float2(steps[0].take, steps[1].take);
-        if (i == 2) scale = make_float2(sums[0].inverse(), sums[1].inverse());
+        if (i == 2) scale = make_float2(sums[0].weights.inverse(), sums[1].weights.inverse());
         rescale_output(output, scale);
         if (i == 1 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
     }

@@ -77,25 +77,26 @@ __device__ inline void store_zeros(const DecodeParams& params, const RowTile& ti
                                     consumer * kColumnsHalfV)[thread] = 0;
 }
 
-// One thread of each quad writes its rows' log-sum-exp: to a partial's, or where that is null the final one.
-__device__ inline void store_lse(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                 float2 lse, float* of_partial) {
+// One thread of each quad writes its rows' weights, to a partial's, or where that is null their log-sum-exp.
+__device__ inline void store_weight_sums(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                         const SplitEnd& end, float2* of_partial) {
     if (threadIdx.x % 4 != 0) return;
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
         const int row_of_tile = first_row_of_thread() + 8 * h;
         const Row row = row_of(params, tile, split, row_of_tile);
         if (!row.valid) continue;
-        const float of_row = h == 0 ? lse.x : lse.y;
+        const WeightSum weights(h == 0 ? end.rows[0].max : end.rows[1].max,
+                                h == 0 ? end.rows[0].sum : end.rows[1].sum);
         if (of_partial) {
-            of_partial[row_of_tile] = of_row;
+            of_partial[row_of_tile] = make_float2(weights.max, weights.sum);
         } else {
-            *lse_of(params, split.query, row) = of_row == -INFINITY ? INFINITY : of_row;
+            *lse_of(params, split.query, row) = weights.log_sum_exp();
         }
     }
 }
 
-// Adds the other split's half to `output`, which is not scaled yet.
+// Adds the other split's half to `output`.
 __device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
                                        const SplitPlace& place, const SplitEnd& end, int consumer,
                                        float (&output)[128]) {
@@ -106,9 +107,9 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
     for (int h = 0; h < 2; ++h) {
         const int row = first_row_of_thread() + 8 * h;
         if (row >= rows) continue;
-        const PairWeights weights(h == 0 ? end.lse.x : end.lse.y, __ldcg(other.lse + row));
-        of_mine[h] = weights.mine * weights.inverse * (h == 0 ? end.scale.x : end.scale.y);
-        of_other[h] = weights.other * weights.inverse;
+        const PairWeights weights(end.rows[h], WeightSum(__ldcg(other.weight_sums + row)));
+        of_mine[h] = weights.mine;
+        of_other[h] = weights.other;
         if (consumer == kLeft && threadIdx.x % 4 == 0)
             *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
     }

@@ -25,10 +25,11 @@ __device__ inline void mask_scores(float (&scores)[32], int first_key, const int
     }
 }
 
-// What ends a split, for a thread's two rows.
-struct SplitEnd {
-    float2 scale = make_float2(0.f, 0.f);            // by what to scale the output
-    float2 lse = make_float2(-INFINITY, -INFINITY);  // -inf where a row saw no key
+// What ends a split: the weights of a thread's two rows.
+struct alignas(16) SplitEnd {
+    WeightSum rows[2];
+
+    __device__ float2 inverse() const { return make_float2(rows[0].inverse(), rows[1].inverse()); }
 };
 
 class OnlineSoftmax {
@@ -38,19 +39,14 @@ class OnlineSoftmax {
     // Turns scores into weights relative to the stored maximum; returns by how much to scale what was summed
     // so far.
     __device__ float2 update(float (&scores)[32]) {
-        float rescale[2];
+        float rescale[2] = {1.f, 1.f}, max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int i = 0; i < 32; ++i) max[i / 2 % 2] = fmaxf(max[i / 2 % 2], scores[i]);
+        if (__any_sync(~0u,
+                       max[0] * scale_log2_ > max_[0] + kSlack || max[1] * scale_log2_ > max_[1] + kSlack))
+            raise(max, rescale);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float tile_max = -INFINITY;
-#pragma unroll
-            for (int i = 0; i < 32; ++i)
-                if (i / 2 % 2 == h) tile_max = fmaxf(tile_max, scores[i]);
-            tile_max = quad_reduce(tile_max, [](float a, float b) { return fmaxf(a, b); }) * scale_log2_;
-            rescale[h] = 1.f;
-            if (tile_max > max_[h] + kSlack) {
-                rescale[h] = ptx::exp2_approx(max_[h] - tile_max);  // 0 at the first page: max_ is -inf
-                max_[h] = tile_max;
-            }
             const float offset = max_[h] == -INFINITY ? 0.f : max_[h];  // no key seen yet: weights 0, not NaN
             float sum = 0.f;
 #pragma unroll
@@ -68,13 +64,21 @@ class OnlineSoftmax {
     __device__ SplitEnd finish() {
 #pragma unroll
         for (int h = 0; h < 2; ++h) sum_[h] = quad_reduce(sum_[h], [](float a, float b) { return a + b; });
-        return {make_float2(inverse(0), inverse(1)), make_float2(log_sum_exp(0), log_sum_exp(1))};
+        return {{{max_[0], sum_[0]}, {max_[1], sum_[1]}}};
     }
 
   private:
-    __device__ float inverse(int h) const { return ptx::inverse_or_zero(sum_[h]); }
-    __device__ float log_sum_exp(int h) const {
-        return sum_[h] == 0.f ? -INFINITY : max_[h] * kLn2 + __logf(sum_[h]);
+    // To a page's maxima, of this thread's columns, over the quad, where these outgrow the stored ones.
+    __device__ void raise(const float (&max)[2], float (&rescale)[2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float of_page =
+                quad_reduce(max[h], [](float a, float b) { return fmaxf(a, b); }) * scale_log2_;
+            if (of_page > max_[h] + kSlack) {
+                rescale[h] = ptx::exp2_approx(max_[h] - of_page);  // 0 at the first page: max_ is -inf
+                max_[h] = of_page;
+            }
+        }
     }
 
     float scale_log2_;

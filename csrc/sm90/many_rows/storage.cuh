@@ -22,7 +22,7 @@ struct Storage {
     // From the first consumer to the second, for each thread's two rows: by how much to scale the output
     // before the page is added, and what ends a split.
     float2 scale[kStages][kWarpgroup];
-    alignas(16) SplitEnd end[kStages][kWarpgroup];
+    SplitEnd end[kStages][kWarpgroup];
     // A thread's own: the chunks so far of its two rows. Registers are short while there are pages.
     ChunkSum sums[kConsumers][kWarpgroup][2];
     Phases phases;
