@@ -22,7 +22,7 @@ constexpr unsigned kStartCost = 3;    // of a split, in pages: START_COST of sch
 constexpr unsigned kPartialCost = 3;  // of a split that is not its sequence's only one: PARTIAL_COST there
 constexpr int kFewRows = 32;          // query rows that share a KV head: FEW_ROWS there
 constexpr unsigned kFewPages = 4;     // FEW_PAGES there
-constexpr unsigned kWholePages = 8;   // WHOLE_PAGES there
+constexpr unsigned kWholePages = 16;  // WHOLE_PAGES there
 
 enum class DType { kBFloat16, kHalf };
 

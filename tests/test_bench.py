@@ -53,7 +53,7 @@ def test_case_is_measured_at_its_fastest_setting_and_errors_are_kept(monkeypatch
     case = Case(2, 1, 100, 16)
     monkeypatch.setattr(measure, "capture", lambda step: measure.Timed(None, step, step()))
     monkeypatch.setattr(measure, "_workspace", lambda *_: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"requested_bytes.all.current": 0})
 
     class Settings:
         name = "settings"

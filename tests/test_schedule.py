@@ -179,8 +179,10 @@ def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
 @example([0, 0, 0, 129, 385], 5)  # many rows: on a line, for splits of as many pages would cost more
 @given(LENGTHS, PARTS)
 def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_short_splits(lengths, parts):
-    few_pages = WHOLE_PAGES if max(taken(lengths)) <= WHOLE_PAGES else FEW_PAGES
-    least = min(few_pages, ceil_div(sum(taken(lengths)), max(1, parts // 2)))
+    pages = sum(taken(lengths))
+    least = half = ceil_div(pages, max(1, parts // 2))
+    if max(taken(lengths)) > min(half, WHOLE_PAGES):
+        least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
     many, few = plan(lengths, parts), plan(lengths, parts, 0, few_rows=True)
     if least_split_length(lengths, parts) > least:
         assert all(map(torch.equal, many, few))
@@ -202,14 +204,17 @@ def test_planner_and_kernels_agree_on_what_is_few():
 @pytest.mark.parametrize(
     "lengths, splits",
     [
-        ([8192], [64]),  # two pages a part
-        ([512] * 64, [1] * 64),  # whole
-        ([1024] * 16, [4] * 16),
-        ([1024] * 32, [4] * 32),  # as with many rows: half of the parts would have eight pages each
+        ([8192], [64]),  # two pages a part, on half of them
+        ([1024] * 16, [8] * 16),  # two pages a part, on all of them
+        ([512] * 40, [2] * 40),  # not three, three and two
+        ([768] * 32, [3] * 32),
+        ([1024] * 32, [4] * 32),
+        ([1024] * 64, [1] * 64),  # whole
+        ([2048] * 64, [2] * 64),  # as with many rows
         ([8192] * 16, [8] * 16),  # as with many rows
     ],
 )
-def test_with_few_rows_half_of_the_parts_share_few_pages(lengths, splits):
+def test_few_rows_are_cut_into_splits_of_two_or_four_pages(lengths, splits):
     assert plan(lengths, 132, 0, few_rows=True)[1].diff().tolist() == splits
 
 

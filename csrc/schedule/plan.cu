@@ -59,17 +59,12 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const unsigned thread = threadIdx.x, batch = params.batch, num_parts = params.num_parts;
     unsigned pages = load_pages(params, thread);
 
-    unsigned sums[2] = {};  // the line's length; sequences of more than kWholePages
-    for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
-        sums[0] += kStartCost + taken(n);
-        sums[1] += taken(n) > kWholePages;
-    });
-    block_sum<kWarps>(sums);
-    const Shares line(sums[0], num_parts);
-    const unsigned taken_pages = sums[0] - kStartCost * batch;
-    const unsigned few_pages = sums[1] == 0 ? kWholePages : kFewPages;
+    unsigned length[1] = {};  // of the line
+    for_own_sequences<kWarps>(params, pages, [&](unsigned n) { length[0] += kStartCost + taken(n); });
+    block_sum<kWarps>(length);
+    const Shares line(length[0], num_parts);
     const unsigned least =
-        params.few_rows ? max(min(few_pages, ceil_div(taken_pages, max(num_parts / 2, 1u))), 1u) : 1;
+        params.few_rows ? least_of_few_rows(num_parts, pages, length[0] - kStartCost * batch) : 1;
     const unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest());
     const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
 

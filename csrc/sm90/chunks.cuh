@@ -47,29 +47,30 @@ __device__ inline int slot_of_chunk(const DecodeParams& params, const BlockPlan&
     return min(first_here, chunk.seq) * params.chunks_per_seq;
 }
 
-// A row's chunks so far: their results, divided by their own sums of weights, each times its weight, add up.
+// A row's chunks so far: their results, each times its share of the weights, add up.
 struct ChunkSum {
-    WeightSum weights;  // of all chunks
+    WeightSum weights;  // a chunk counts as one
 
     // What the next chunk does to the sum.
     struct Step {
-        float keep = 1.f;  // by what to scale it, 1 but where a chunk outweighs the base by 2^kSlack
-        float take = 1.f;  // by what to scale the chunk
+        float keep = 1.f;  // by what to scale it, 1 but where a chunk outweighs those before by 2^kSlack
+        float take = 1.f;  // by what to scale the chunk, whose own weights have not divided it yet
 
         // The sum with a chunk that is scaled already. As the L2 adds, which takes subnormal numbers for 0.
         __device__ float add(float sum, float taken) const {
             return ptx::add_ftz(__fmul_rn(sum, keep), taken);
         }
     };
-    // `log2_weight`: the chunk's, -inf where it saw no key.
-    __device__ Step next(float log2_weight) {
+    __device__ Step next(const WeightSum& chunk) {
         Step step;
-        if (log2_weight > weights.max + kSlack) {
-            step.keep = ptx::exp2_approx(weights.max - log2_weight);  // 0 at the first chunk: that is -inf
-            weights.max = log2_weight;
+        const float log2 = chunk.log2();
+        if (log2 > weights.max + kSlack) {
+            step.keep = ptx::exp2_approx(weights.max - log2);  // 0 at the first chunk: that is -inf
+            weights.max = log2;
         }
-        step.take = log2_weight == -INFINITY ? 0.f : ptx::exp2_approx(log2_weight - weights.max);
-        weights.sum = __fadd_rn(__fmul_rn(weights.sum, step.keep), step.take);
+        const float weight = log2 == -INFINITY ? 0.f : ptx::exp2_approx(log2 - weights.max);
+        weights.sum = __fadd_rn(__fmul_rn(weights.sum, step.keep), weight);
+        step.take = __fmul_rn(weight, chunk.inverse());
         return step;
     }
 };
@@ -93,11 +94,11 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 #pragma unroll 1
     for (int begin = 0; begin < chunks; begin += kUnroll) {
         float4 value[kUnroll][kVectors];
-        float log2_weight[kUnroll];
+        WeightSum weights[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
-            log2_weight[i] = __ldcg(&weights_row[(begin + i) * params.partial_rows].x);
+            weights[i] = WeightSum(__ldcg(weights_row + (begin + i) * params.partial_rows));
 #pragma unroll
             for (int v = 0; v < kVectors; ++v)
                 value[i][v] =
@@ -109,16 +110,16 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             if (begin + i >= chunks) break;
-            const auto step = row_sum.next(log2_weight[i]);
-            const auto add = [&](float to, float chunk) { return step.add(to, __fmul_rn(chunk, step.take)); };
+            const auto step = row_sum.next(weights[i]);
+            const auto add = [&](float to, float chunk) {
+                const float taken = __fmul_rn(chunk, step.take);
+                // the first is stored, not added: its subnormal numbers stay
+                return begin + i == 0 ? taken : step.add(to, taken);
+            };
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                float4 next = value[i][v];
-                if (begin + i > 0)  // the first is stored, not added: its subnormal numbers stay
-                    next = make_float4(add(sum[v].x, next.x), add(sum[v].y, next.y), add(sum[v].z, next.z),
-                                       add(sum[v].w, next.w));
-                sum[v] = next;
-            }
+            for (int v = 0; v < kVectors; ++v)
+                sum[v] = make_float4(add(sum[v].x, value[i][v].x), add(sum[v].y, value[i][v].y),
+                                     add(sum[v].z, value[i][v].z), add(sum[v].w, value[i][v].w));
         }
     }
     store_merged<T>(params, tile, piece, octet, group, sum, row_sum.weights);

@@ -28,13 +28,11 @@ struct WeightSum {
     __device__ WeightSum(float max, float sum) : max(max), sum(sum) {}
     __device__ explicit WeightSum(float2 pair) : max(pair.x), sum(pair.y) {}
 
-    // The same with a sum of 1.
-    __device__ WeightSum as_one() const {
-        return sum == 0.f ? WeightSum() : WeightSum(max + __log2f(sum), 1.f);
-    }
     __device__ float inverse() const { return ptx::inverse_or_zero(sum); }
-    // +inf where no key was seen.
-    __device__ float log_sum_exp() const { return sum == 0.f ? INFINITY : (max + __log2f(sum)) * kLn2; }
+    // Of all weights; -inf where no key was seen.
+    __device__ float log2() const { return sum == 0.f ? -INFINITY : max + __log2f(sum); }
+    // The result's; +inf where no key was seen.
+    __device__ float log_sum_exp() const { return sum == 0.f ? INFINITY : log2() * kLn2; }
 };
 
 __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {

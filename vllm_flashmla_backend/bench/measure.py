@@ -117,7 +117,7 @@ def measure_case(
 
 def _prepare(peer: Peer, inputs: Inputs) -> list[tuple[str, int, Timed]]:
     """Of each of the peer's settings: its name, its workspace in bytes, its captured call."""
-    idle = torch.cuda.memory_allocated()
+    idle = _requested_bytes("current")
     prepared = []
     for setting, step in peer.prepare(inputs).items():
         workspace_bytes = _workspace(step, inputs.case, idle)
@@ -131,7 +131,12 @@ def _workspace(step: Step, case: Case, idle: int) -> int:
     out = step()
     torch.cuda.synchronize()
     lse_bytes = case.b * case.h_q * case.s_q * 4
-    return max(0, torch.cuda.max_memory_allocated() - idle - out.nbytes - lse_bytes)
+    return max(0, _requested_bytes("peak") - idle - out.nbytes - lse_bytes)
+
+
+def _requested_bytes(when: str) -> int:
+    """What tensors asked for, not what the allocator had at hand for them."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
 def _row(case: Case, peer: str, setting: str, workspace_bytes: int, call: Timed, want: torch.Tensor) -> dict:

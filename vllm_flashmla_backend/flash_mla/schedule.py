@@ -44,10 +44,12 @@ FEW_ROWS = 32
 them to all parts."""
 
 FEW_PAGES = 4
-"""With few rows, splits of up to so many pages are left to half of the parts: half as much to merge."""
+"""With few rows, no split has less: half as much to merge. Where half as many pages a split are enough for all
+parts, those; and on half of the parts, where that takes no more a split."""
 
-WHOLE_PAGES = 8
-"""With few rows, so are whole sequences, if all have up to so many pages: nothing to merge."""
+WHOLE_PAGES = 16
+"""With few rows, whole sequences of up to so many pages are left to half of the parts, if these have no more
+than their share: nothing to merge."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
@@ -162,14 +164,9 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool
     PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
     to go on with a sequence and to leave another to go on with. None if that is not enough. With more
     sequences than parts no length will do, with fewer none below share - START_COST is better. With few rows
-    no length is less than a share for half of the parts, or FEW_PAGES if that is less, or WHOLE_PAGES if no
-    sequence has more.
+    some lengths are too little: FEW_PAGES, WHOLE_PAGES.
     """
-    least = 1
-    if few_rows:
-        taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
-        few_pages = WHOLE_PAGES if max(taken) <= WHOLE_PAGES else FEW_PAGES
-        least = min(few_pages, ceil_div(sum(taken), max(1, parts // 2)))
+    least = _least_of_few_rows(pages, parts) if few_rows else 1
     for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
         length = max(least, length)
         splits = [_num_splits(n, length) for n in pages]
@@ -182,6 +179,15 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool
     return _Layout(
         first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
     )
+
+
+def _least_of_few_rows(pages: Sequence[int], parts: int) -> int:
+    """The least length of splits; where it makes no cut, that is for whole sequences."""
+    taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
+    half = ceil_div(sum(taken), max(1, parts // 2))  # a share for half of the parts
+    if max(taken) <= min(half, WHOLE_PAGES):
+        return half
+    return min(half, FEW_PAGES if sum(taken) > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
 
 
 class _Line:

@@ -235,19 +235,20 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
         return;
     }
     const int slot = slot_of_chunk(params, shared.plan, chunk, is_all_here);
-    // Once its values are divided by the sum of its weights, a chunk has one weight: what it counts as.
-    const SplitEnd log2_weights{{end.rows[0].as_one(), end.rows[1].as_one()}};
     ChunkSum(&sums)[2] = shared.sums[consumer][threadIdx.x % kWarpgroup];
     ChunkSum::Step steps[2];
     if (is_all_here) {
         if (chunk.index == 0) sums[0] = sums[1] = {};
         const int rows_left = chunk.valid_rows(params, tile) - first_row_of_thread();
-        steps[0] = sums[0].next(rows_left > 0 ? log2_weights.rows[0].max : 0.f);  // padding never outweighs
-        steps[1] = sums[1].next(rows_left > 8 ? log2_weights.rows[1].max : 0.f);  // what was before
+        SplitEnd counted = end;
+        if (rows_left <= 0) counted.rows[0] = {0.f, 1.f};  // padding never outweighs what was before
+        if (rows_left <= 8) counted.rows[1] = {0.f, 1.f};
+        steps[0] = sums[0].next(counted.rows[0]);
+        steps[1] = sums[1].next(counted.rows[1]);
     }
     const bool is_final = is_all_here && chunk.ends_sequence();
     if (consumer == kLeft && (is_final || !is_all_here)) {
-        SplitEnd weights = log2_weights;
+        SplitEnd weights = end;
         if (is_final) weights = {{sums[0].weights, sums[1].weights}};
         store_weight_sums(params, tile, chunk, weights,
                           is_final ? nullptr : Partial(params, tile, slot).weight_sums);
@@ -257,12 +258,11 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
     const bool adds = !is_alone && !is_final && is_plain;  // in the L2; else the sum comes here
     const bool takes_sum = !is_alone && !adds;
 #pragma unroll 1
-    for (int i = 0; i < (is_final ? 3 : 2); ++i) {  // a loop, for the code of a scaling is long
-        float2 scale = end.inverse();
-        if (i == 1) scale = make_float2(steps[0].take, steps[1].take);
-        if (i == 2) scale = make_float2(sums[0].weights.inverse(), sums[1].weights.inverse());
+    for (int i = 0; i < (is_final ? 2 : 1); ++i) {  // a loop, for the code of a scaling is long
+        float2 scale = make_float2(steps[0].take, steps[1].take);
+        if (i == 1) scale = make_float2(sums[0].weights.inverse(), sums[1].weights.inverse());
         rescale_output(output, scale);
-        if (i == 1 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
+        if (i == 0 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
     }
     if (is_final) {
         store_rows<T>(params, tile, chunk, output, consumer,
