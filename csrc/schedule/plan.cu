@@ -59,12 +59,15 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const unsigned thread = threadIdx.x, batch = params.batch, num_parts = params.num_parts;
     unsigned pages = load_pages(params, thread);
 
-    unsigned length[1] = {};  // of the line
-    for_own_sequences<kWarps>(params, pages, [&](unsigned n) { length[0] += kStartCost + taken(n); });
+    unsigned length[1] = {}, longest = 0;  // of the line; of the thread's sequences
+    for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
+        length[0] += kStartCost + taken(n);
+        longest = max(longest, taken(n));
+    });
     block_sum<kWarps>(length);
     const Shares line(length[0], num_parts);
     const unsigned least =
-        params.few_rows ? least_of_few_rows(num_parts, pages, length[0] - kStartCost * batch) : 1;
+        params.few_rows ? least_of_few_rows(num_parts, longest, length[0] - kStartCost * batch) : 1;
     const unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest());
     const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
 

@@ -44,8 +44,8 @@ FEW_ROWS = 32
 them to all parts."""
 
 FEW_PAGES = 4
-"""With few rows, no split has less: half as much to merge. Where half as many pages a split are enough for all
-parts, those; and on half of the parts, where that takes no more a split."""
+"""With few rows no split has less, for there would be more to merge; but half as many are enough where all
+parts can have those, or half of the parts even less."""
 
 WHOLE_PAGES = 16
 """With few rows, whole sequences of up to so many pages are left to half of the parts, if these have no more
