@@ -95,6 +95,16 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(q_nope, q_pe, k_cache, block_table, cache_seqlens)
 
 
+def add_growing_scores(inputs: Inputs, growth: float) -> None:
+    """Have every page's scores outgrow those of the page before by about `growth`, through the rope part,
+    which is no value."""
+    inputs.q_pe.abs_()
+    for seq, length in enumerate(inputs.cache_seqlens.tolist()):
+        for first in range(0, length, PAGE_SIZE):
+            page = inputs.block_table[seq, first // PAGE_SIZE]
+            inputs.k_cache[page, : length - first, :, 512:] += growth / 20 * first / PAGE_SIZE
+
+
 def nan_cache(case: Case, num_pages: int, device: torch.device) -> torch.Tensor:
     """(num_pages, 64, h_kv, 576) of NaN; if strided, KV heads outermost in pages larger than needed."""
     if not case.strided:

@@ -6,7 +6,18 @@ import itertools
 from dataclasses import replace
 
 import torch
-from mla_cases import CUT, SCALE, Case, assert_agree, expected, make_inputs, plan_for, run, run_ragged
+from mla_cases import (
+    CUT,
+    SCALE,
+    Case,
+    add_growing_scores,
+    assert_agree,
+    expected,
+    make_inputs,
+    plan_for,
+    run,
+    run_ragged,
+)
 
 from vllm_flashmla_backend.flash_mla import flash_mla_decode
 
@@ -41,9 +52,10 @@ def run_with_foreign_plan(case: Case, planned: tuple[int, ...]) -> None:
     torch.cuda.synchronize()
 
 
-def check(case: Case, **how) -> None:
-    """Run `case` as mla_cases.run does with `how`."""
+def check(case: Case, growth: float = 0, **how) -> None:
+    """Run `case` as mla_cases.run does with `how`; with `growth`, as add_growing_scores says."""
     inputs = make_inputs(case, torch.device("cuda", 0))
+    add_growing_scores(inputs, growth)
     assert_agree(run(case, inputs, **how), expected(case, inputs))
     print(case, how, flush=True)
 
@@ -56,6 +68,8 @@ if __name__ == "__main__":
     for case in BATCH_INVARIANT:
         check(case, batch_invariant=True)
     check(IN_ONE_PART, batch_invariant=True, parts=1)
+    for h_q in (16, 64):
+        check(Case((600, 300), h_q=h_q), growth=6, parts=1)  # each page raises the softmax's maximum
     run_with_foreign_plan(Case((130, 0), h_q=16), (5000, 5000))
     for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):
         assert out.isfinite().all() and not lse.isnan().any()

@@ -19,6 +19,7 @@ from mla_cases import (
     MIXED,
     SCALE,
     Case,
+    add_growing_scores,
     assert_agree,
     captured,
     expected,
@@ -113,17 +114,16 @@ def test_float32_scores_keep_one_overwhelming_key(device):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("growth", [1, 6, 20])
 @pytest.mark.parametrize("h_q", [16, 32, 128])
-def test_scores_that_outgrow_those_of_every_page_before(h_q, batch_invariant, device):
-    """What was summed so far is scaled down at each page, in whole sequences and in splits."""
+def test_scores_that_outgrow_those_of_every_page_before(h_q, growth, parts, batch_invariant, device):
+    """By less than the softmax takes without rescaling (a factor of 2^8), by about that, by much more; in
+    short splits, in whole sequences, in long splits."""
     case = Case((9000, 500, 64), h_q=h_q)
     inputs = make_inputs(case, device)
-    inputs.q_pe.abs_()
-    for seq, length in enumerate(case.lengths):  # by the rope part, which is no value: about 20 a page
-        for first in range(0, length, PAGE_SIZE):
-            page = inputs.block_table[seq, first // PAGE_SIZE]
-            inputs.k_cache[page, : length - first, :, 512:] += first / PAGE_SIZE
-    assert_agree(run(case, inputs, batch_invariant), expected(case, inputs))
+    add_growing_scores(inputs, growth)
+    assert_agree(run(case, inputs, batch_invariant, parts), expected(case, inputs))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -218,7 +218,7 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
 
 @pytest.mark.parametrize("h_q", [16, 32])
 def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h_q, device):
-    """A plan made for many rows is right for few, too: with a page a part one of its consumers has none."""
+    """A plan made for many rows is right for few, too: with a page a part one consumer scores none."""
     parts = num_parts(device, h_q, 1)
     case = Case((parts * PAGE_SIZE - 5,), h_q=h_q)
     inputs = make_inputs(case, device)

@@ -178,7 +178,7 @@ def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
 
 @example([0, 0, 0, 129, 385], 5)  # many rows: on a line, for splits of as many pages would cost more
 @given(LENGTHS, PARTS)
-def test_few_rows_change_the_plan_only_where_half_of_the_parts_can_have_short_splits(lengths, parts):
+def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(lengths, parts):
     pages = sum(taken(lengths))
     least = half = ceil_div(pages, max(1, parts // 2))
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
@@ -209,12 +209,17 @@ def test_planner_and_kernels_agree_on_what_is_few():
         ([512] * 40, [2] * 40),  # not three, three and two
         ([768] * 32, [3] * 32),
         ([1024] * 32, [4] * 32),
-        ([1024] * 64, [1] * 64),  # whole
+        ([1024] * 64, [1] * 64),  # whole: 16 pages each
+        ([1025] * 64, [2] * 64),  # 17
+        ([1024] * 61, [2] * 61),  # half of the parts would have 15 pages each
+        ([128] * 132, [1] * 132),
+        ([640] * 26 + [256], [5] * 26 + [1]),  # 264 pages
+        ([640] * 26 + [320], [3] * 26 + [2]),  # 265
         ([2048] * 64, [2] * 64),  # as with many rows
         ([8192] * 16, [8] * 16),  # as with many rows
     ],
 )
-def test_few_rows_are_cut_into_splits_of_two_or_four_pages(lengths, splits):
+def test_splits_of_few_rows(lengths, splits):
     assert plan(lengths, 132, 0, few_rows=True)[1].diff().tolist() == splits
 
 

@@ -3,8 +3,8 @@
     python tools/compare_builds.py OLD/_kernels.so NEW/_kernels.so [--rows 24] [--heads 16,32] [--repeat 11]
 
 A build is a copy of `vllm_flashmla_backend/flash_mla/_kernels.so`, made by `make env` of this tree or of
-another checkout whose functions take the same arguments: since 2026-11-27 partial results come with two
-numbers a row, not one, and older builds refuse that. Times of two runs differ by more than most changes do;
+another checkout whose functions take the same arguments: before 12e267b partial results have one number a
+row beside them, not two, and such builds refuse these. Times of two runs differ by more than most changes do;
 compare within one only.
 """
 

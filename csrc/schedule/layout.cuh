@@ -66,7 +66,7 @@ __device__ inline unsigned num_splits(unsigned pages, unsigned length) {
 // schedule.py's of this name. `longest`: what the longest of the thread's sequences takes; `taken_pages`:
 // what all take.
 __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longest, unsigned taken_pages) {
-    const unsigned half = max(ceil_div(taken_pages, max(num_parts / 2, 1u)), 1u);
+    const unsigned half = ceil_div(taken_pages, max(num_parts / 2, 1u));
     const unsigned few_pages = taken_pages > kFewPages / 2 * num_parts ? kFewPages : kFewPages / 2;
     const bool whole = __syncthreads_and(longest <= min(half, kWholePages));
     return whole ? half : min(half, few_pages);

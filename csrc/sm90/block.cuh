@@ -15,8 +15,8 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
-    const BlockPlan plan(
-        params, Storage::kHalfMayIdle);  // first of all and by all: a branch before it would only delay it
+    // First of all and by all: a branch before it would only delay it.
+    const BlockPlan plan(params, Storage::kHalfMayIdle);
     const RowTile tile(params, params.first_row_tile + blockIdx.x);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
     const bool in_producer_warp = ptx::uniform(thread / 32) == kConsumers * kWarps;

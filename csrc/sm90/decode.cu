@@ -9,13 +9,9 @@
 namespace mla {
 namespace {
 
-bool has_few_rows(const DecodeParams& params) {
-    return params.kernel_rows < kTileRows;
-}
-
 void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
     const auto [kernel, shared_bytes] =
-        has_few_rows(params) ? few_rows_kernel(params) : many_rows_kernel(params);
+        params.kernel_rows < kTileRows ? few_rows_kernel(params) : many_rows_kernel(params);
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     cudaLaunchAttribute cooperative;

@@ -1,5 +1,5 @@
-// The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i / sum_i w_i
-// sum_i with w_i = exp2(max_i), all relative to the largest.
+// The merge of a sequence's splits, by the blocks that worked on them: out = sum_i w_i out_i / sum_i w_i s_i
+// with w_i = exp2(max_i), relative to the largest, and s_i the sum of a split's weights.
 //
 // A warpgroup that has written its half of a partial says so (arrivals.cuh) and works on. At its end it waits
 // until all splits of its last sequence are written, and merges its share of their rows: all SMs merge, and

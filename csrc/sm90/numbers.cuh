@@ -1,4 +1,5 @@
-// Numbers: pairs of 16-bit values, and the factors between natural and binary logarithms.
+// Numbers: pairs of 16-bit values, factors between natural and binary logarithms, sums of a softmax's
+// weights.
 #pragma once
 
 #include <cuda_bf16.h>

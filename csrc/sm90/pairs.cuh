@@ -10,11 +10,13 @@
 
 namespace mla {
 
-// Whether it is this consumer's to merge its half: of two blocks that end with the sequence, one half is
-// each's. But the second split's may go on with other sequences. Then its partial is the first thing that it
-// does, and the first split's block, which always ends with the sequence, has little to wait for.
+// Whether the split is one of two, and it is this consumer's to merge its half: of two blocks that end with
+// the sequence, one half is each's. But the second split's may go on with other sequences. Then its partial
+// is the first thing that it does, and the first split's block, which always ends with the sequence, has
+// little to wait for. Asked before the split's pages, for the answer takes a trip to memory.
 __device__ inline bool is_merged_here(const DecodeParams& params, const BlockPlan& plan,
                                       const SplitPlace& place, int consumer) {
+    if (place.num_splits != 2) return false;
     const PartPlan& of_second = params.parts[plan.part + 1 - place.index];
     const bool both_end = of_second.first_seq == of_second.last_seq;
     return place.index == (both_end ? consumer : 0);

@@ -1,5 +1,6 @@
-// Partials: the unmerged float32 results of splits, sums of weight * value that nothing has divided yet, and
-// how they lie in memory.
+// Partials: the unmerged float32 results of splits, and how they lie in memory. They are sums of
+// weight * value that nothing has divided yet, with the sums of the weights beside them. (Chunks that a block
+// adds up by itself are their shares of the final sum, and have no such sums.)
 //
 // A partial has query_len x h_q rows, ordered by KV head, query token and head. A tile's follow one another,
 // as it has whole tokens or heads of one; where they begin depends on the longest query, not on the

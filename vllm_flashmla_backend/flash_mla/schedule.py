@@ -44,12 +44,13 @@ FEW_ROWS = 32
 them to all parts."""
 
 FEW_PAGES = 4
-"""With few rows no split has less, for there would be more to merge; but half as many are enough where all
-parts can have those, or half of the parts even less."""
+"""With few rows, the least limit for the pages of a split that is tried, for shorter ones are more to merge;
+half of it where the batch has at most so many pages a part, and a share for half of the parts where that is
+less. (Sequences are cut evenly: some splits are shorter than the limit, and it may not be enough.)"""
 
 WHOLE_PAGES = 16
-"""With few rows, whole sequences of up to so many pages are left to half of the parts, if these have no more
-than their share: nothing to merge."""
+"""With few rows, sequences of up to so many pages stay whole where none has more than a share for half of the
+parts: nothing to merge."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
@@ -182,7 +183,7 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool
 
 
 def _least_of_few_rows(pages: Sequence[int], parts: int) -> int:
-    """The least length of splits; where it makes no cut, that is for whole sequences."""
+    """The least length of splits that is tried: `half`, where no sequence is longer, leaves all whole."""
     taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
     half = ceil_div(sum(taken), max(1, parts // 2))  # a share for half of the parts
     if max(taken) <= min(half, WHOLE_PAGES):

@@ -9,13 +9,6 @@
 
 namespace mla::few_rows {
 
-// What a consumer keeps from one split to the next.
-struct ConsumerState {
-    RingPosition<kStages> stage;
-    uint32_t query_parity = 0;
-    uint32_t meeting_parity = 0;
-};
-
 // scores (64 keys, kRows) = k q^T, group by group of tiles as the page arrives.
 template <typename T, int kRows>
 __device__ inline void compute_scores(Storage<kRows>& shared, int stage, uint32_t parity,
@@ -93,11 +86,11 @@ __device__ inline void mask_scores(const DecodeParams& params, const RowTile& ti
 // A page that this consumer scores: its weights to shared memory, for both.
 template <typename T, int kRows>
 __device__ inline void score_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
-                                  const Split& split, int page, int consumer, const ConsumerState& state,
+                                  const Split& split, int page, int consumer, uint32_t parity,
                                   OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& output) {
-    const int first_key = page * kPageSize, stage = state.stage.slot;
+    const int first_key = page * kPageSize, stage = consumer;
     float scores[kRows / 2];
-    compute_scores<T, kRows>(shared, stage, state.stage.parity, scores);
+    compute_scores<T, kRows>(shared, stage, parity, scores);
     warp_arrive(&shared.pages.empty[stage][kRope]);
     if (page + kConsumers >= split.page_end) warp_arrive(&shared.q_empty);
     if (first_key + kPageSize > visible_keys(params, split, 0))
@@ -125,7 +118,8 @@ __device__ inline void consume_page(const DecodeParams& params, Storage<kRows>& 
     const int stage = state.stage.slot;
     uint8_t (*v_tiles)[kTileBytes] = &shared.k[stage][consumer * kTilesHalfV];
     if (stage == consumer)
-        score_page<T, kRows>(params, shared, tile, split, page, consumer, state, softmax, output);
+        score_page<T, kRows>(params, shared, tile, split, page, consumer, state.stage.parity, softmax,
+                             output);
     ptx::barrier_wait(&shared.weights_full[stage], state.stage.parity);
     if (stage != consumer) {
         if (__any_sync(~0u, shared.raised[stage])) {
@@ -150,7 +144,7 @@ __device__ inline void consume(const DecodeParams& params, Storage<kRows>& share
                                const Split& split, int consumer, ConsumerState& state) {
     HalfOutput<kRows> output;
     const SplitPlace place(params, shared.plan, split);
-    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
+    const bool is_joined = is_merged_here(params, shared.plan, place, consumer);
     clear<kRows>(output);
     OnlineSoftmax<kRows> softmax(params.softmax_scale);
     if (!split.is_empty()) {
@@ -161,8 +155,7 @@ __device__ inline void consume(const DecodeParams& params, Storage<kRows>& share
         for (int page = split.page_begin; page < split.page_end; ++page)
             consume_page<T, kRows>(params, shared, tile, split, page, consumer, state, softmax, output);
     }
-    finish_split<T, kRows>(params, shared, tile, split, place, is_joined, consumer, 1 - state.stage.slot,
-                           state.meeting_parity, softmax, output);
+    finish_split<T, kRows>(params, shared, tile, split, place, is_joined, consumer, state, softmax, output);
 }
 
 }  // namespace mla::few_rows

@@ -18,6 +18,13 @@ namespace mla::few_rows {
 template <int kRows>
 using HalfOutput = float[kTilesHalfV][kRows / 2];
 
+// What a consumer keeps from one split to the next.
+struct ConsumerState {
+    RingPosition<kStages> stage;  // of the next page
+    uint32_t query_parity = 0;
+    uint32_t meeting_parity = 0;
+};
+
 template <int kRows>
 __device__ inline void rescale_output(HalfOutput<kRows>& output, const float (&rescale)[kRows / 4]) {
 #pragma unroll
@@ -62,34 +69,34 @@ __device__ inline void for_each_value(const Partial& partial, int rows, int cons
 }
 
 template <int kRows>
-__device__ inline void store_partial(const Partial& partial, int rows, const HalfOutput<kRows>& own,
+__device__ inline void store_partial(const Partial& partial, int rows, const HalfOutput<kRows>& output,
                                      int consumer) {
-    for_each_value<kRows>(partial, rows, consumer, [&](float* at, int t, int i) { *at = own[t][i]; });
+    for_each_value<kRows>(partial, rows, consumer, [&](float* at, int t, int i) { *at = output[t][i]; });
 }
 
-// Adds the other one of two splits to `own`. A lane weighs one row, and the others get that from there.
+// Adds the other one of two splits to `output`. A lane weighs one row, and the others get that from there.
 template <int kRows>
 __device__ inline void add_other_split(const DecodeParams& params, const RowTile& tile, const Split& split,
                                        const SplitPlace& place, const WeightSum& total, int consumer,
-                                       HalfOutput<kRows>& own) {
+                                       HalfOutput<kRows>& output) {
     const Partial other(params, tile, place.slot_of(1 - place.index));
     const int rows = split.valid_rows(params, tile), row = threadIdx.x % kRows;
     const PairWeights weights(total, row < rows ? WeightSum(__ldcg(other.weight_sums + row)) : WeightSum());
     if (threadIdx.x < rows) *lse_of(params, split.query, row_of(params, tile, split, row)) = weights.lse;
-    float of_own[kRows / 4], of_other[kRows / 4];
+    float of_mine[kRows / 4], of_other[kRows / 4];
 #pragma unroll
     for (int v = 0; v < kRows / 4; ++v) {
-        of_own[v] = __shfl_sync(~0u, weights.mine, row_of_value(v));
+        of_mine[v] = __shfl_sync(~0u, weights.mine, row_of_value(v));
         of_other[v] = __shfl_sync(~0u, weights.other, row_of_value(v));
     }
     for_each_value<kRows>(other, rows, consumer, [&](const float* at, int t, int i) {
         const int value = i / 4 * 2 + i % 2;
-        own[t][i] = own[t][i] * of_own[value] + __ldcg(at) * of_other[value];
+        output[t][i] = output[t][i] * of_mine[value] + __ldcg(at) * of_other[value];
     });
 }
 
 template <typename T, int kRows>
-__device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging) {
+__device__ inline void stage_rows(const HalfOutput<kRows>& output, uint8_t* staging) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kRows / 2; i += 8) {
@@ -97,11 +104,11 @@ __device__ inline void stage_rows(const HalfOutput<kRows>& own, uint8_t* staging
         uint8_t* place = staging + row * kSegmentBytes + swizzled((16 * warp + lane / 8 % 2 * 8) * 2, row);
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t)
-            ptx::store_matrices_transposed(place + t * kRowBytes, pack_matrices<T>(&own[t][i]));
+            ptx::store_matrices_transposed(place + t * kRowBytes, pack_matrices<T>(&output[t][i]));
     }
 }
 
-// A thread a row: its weights, to a partial's, or where that is null their log-sum-exp.
+// A thread of the first consumer a row: its weights, to a partial's, or where that is null their log-sum-exp.
 template <int kRows>
 __device__ inline void store_weight_sums(const DecodeParams& params, const WeightSum& total,
                                          const RowTile& tile, const Split& split, float2* of_partial) {
@@ -118,41 +125,41 @@ __device__ inline void store_weight_sums(const DecodeParams& params, const Weigh
 // Final rows of a consumer's half of the output.
 template <typename T, int kRows>
 __device__ inline void store_rows(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const HalfOutput<kRows>& own, int consumer, uint8_t* staging) {
+                                  const HalfOutput<kRows>& output, int consumer, uint8_t* staging) {
     sync_warpgroup(consumer);  // what was staged before has been copied
-    stage_rows<T, kRows>(own, staging);
+    stage_rows<T, kRows>(output, staging);
     sync_warpgroup(consumer);
     copy_rows<T>(params, tile, split, staging, consumer * kColumnsHalfV);
 }
 
-// Stores a consumer's half of a split's result. `last_stage`: of its last page.
+// Stores a consumer's half of a split's result.
 template <typename T, int kRows>
 __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
                                     const Split& split, const SplitPlace& place, bool is_joined, int consumer,
-                                    int last_stage, uint32_t& meeting_parity,
-                                    const OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& own) {
+                                    ConsumerState& state, const OnlineSoftmax<kRows>& softmax,
+                                    HalfOutput<kRows>& output) {
     const Partial partial(params, tile, place.slot_of(place.index));
     const bool is_mine = is_joined || !place.is_partial();
-    softmax.publish(shared.sum[meeting_parity][consumer]);
+    softmax.publish(shared.sum[state.meeting_parity][consumer]);
     ptx::barrier_arrive(&shared.meeting);
-    if (!is_mine) store_partial<kRows>(partial, split.valid_rows(params, tile), own, consumer);
-    ptx::barrier_wait(&shared.meeting, meeting_parity);
-    const WeightSum total = total_of(shared, last_stage, meeting_parity, threadIdx.x % kRows);
-    meeting_parity ^= 1;
+    if (!is_mine) store_partial<kRows>(partial, split.valid_rows(params, tile), output, consumer);
+    ptx::barrier_wait(&shared.meeting, state.meeting_parity);
+    const WeightSum total = total_of(shared, 1 - state.stage.slot, state.meeting_parity, threadIdx.x % kRows);
+    state.meeting_parity ^= 1;
     store_weight_sums<kRows>(params, total, tile, split, place.is_partial() ? partial.weight_sums : nullptr);
     if (place.is_partial()) arrive(params, shared.plan, place, consumer);
     if (is_joined) {
         wait_for_all(params, shared.plan, shared.phases, split, place, consumer);
-        add_other_split<kRows>(params, tile, split, place, total, consumer, own);
+        add_other_split<kRows>(params, tile, split, place, total, consumer, output);
     }
     if (!is_mine) return;
     if (!is_joined) {
         float inverse[kRows / 4];
 #pragma unroll
         for (int v = 0; v < kRows / 4; ++v) inverse[v] = __shfl_sync(~0u, total.inverse(), row_of_value(v));
-        rescale_output<kRows>(own, inverse);
+        rescale_output<kRows>(output, inverse);
     }
-    store_rows<T, kRows>(params, tile, split, own, consumer, shared.staging[consumer]);
+    store_rows<T, kRows>(params, tile, split, output, consumer, shared.staging[consumer]);
 }
 
 }  // namespace mla::few_rows

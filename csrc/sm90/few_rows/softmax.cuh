@@ -81,7 +81,7 @@ class OnlineSoftmax {
         }
     }
 
-    // Turns scores into weights relative to the stored maxima, which go to `max` for the other consumer.
+    // Turns scores into weights relative to the stored maxima, which go to `max` for both consumers.
     __device__ void weigh(float (&scores)[2 * kValues], float (&max)[kRows]) {
         if (threadIdx.x % kWarpgroup < 4)
 #pragma unroll
@@ -98,7 +98,7 @@ class OnlineSoftmax {
         }
     }
 
-    // After a page with which the other consumer has raised the maxima.
+    // Before the output of a page with which the other consumer has raised the maxima.
     __device__ void follow(const float (&max)[kRows], float (&rescale)[kValues]) {
 #pragma unroll
         for (int v = 0; v < kValues; v += 2) {

@@ -8,19 +8,18 @@
 
 namespace mla::few_rows {
 
-// Consumer i turns the pages in stage i into weights, which both then multiply, each with its half of V. So
-// the first one gives the rope tile back, and each its half.
+// Consumer i scores the pages in stage i; their weights both then multiply, each with its half of V. So who
+// scores a page gives its rope tile back, and each consumer its half.
 template <int kRows>
 struct Storage {
-    static constexpr bool kQueryHasBarrier =
-        true;                                   // for both consumers wait for it, whose page ever is first
-    static constexpr bool kHalfMayIdle = true;  // of the parts, by the plan
+    static constexpr bool kQueryHasBarrier = true;  // both consumers wait for it
+    static constexpr bool kHalfMayIdle = true;      // of the parts, by the plan
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kRows * kRowBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t weights[kStages][kRows * kRowBytes];
     alignas(16) uint8_t staging[kConsumers][kRows * kSegmentBytes];  // of final rows, a consumer's own
-    float page_max[kConsumers][kWarps][kRows];
+    alignas(8) float page_max[kConsumers][kWarps][kRows];
     alignas(8) float max[kStages][kRows];  // to which the weights of the stage's page are relative
     bool raised[kStages];                  // whether that page has raised it
     // Of a consumer's weights, at the end of every second split: the other may still read those of the last.

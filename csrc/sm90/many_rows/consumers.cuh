@@ -214,7 +214,7 @@ __device__ inline void consume_split(const DecodeParams& params, Storage& shared
                                      const Split& split, int consumer, ConsumerState& state) {
     float output[128];
     const SplitPlace place(params, shared.plan, split);
-    const bool is_joined = place.num_splits == 2 && is_merged_here(params, shared.plan, place, consumer);
+    const bool is_joined = is_merged_here(params, shared.plan, place, consumer);
     const SplitEnd end = consumer == kLeft
                              ? consume_scores_and_left<T>(params, shared, tile, split, true, state, output)
                              : consume_right<T>(shared, split, state, output);

@@ -86,6 +86,7 @@ __device__ inline void store_weight_sums(const DecodeParams& params, const RowTi
         const int row_of_tile = first_row_of_thread() + 8 * h;
         const Row row = row_of(params, tile, split, row_of_tile);
         if (!row.valid) continue;
+        // Member by member: a choice between the two as they are would put them into local memory.
         const WeightSum weights(h == 0 ? end.rows[0].max : end.rows[1].max,
                                 h == 0 ? end.rows[0].sum : end.rows[1].sum);
         if (of_partial) {
