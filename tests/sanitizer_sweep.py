@@ -55,7 +55,8 @@ def run_with_foreign_plan(case: Case, planned: tuple[int, ...]) -> None:
 def check(case: Case, growth: float = 0, **how) -> None:
     """Run `case` as mla_cases.run does with `how`; with `growth`, as add_growing_scores says."""
     inputs = make_inputs(case, torch.device("cuda", 0))
-    add_growing_scores(inputs, growth)
+    if growth:
+        add_growing_scores(inputs, growth)
     assert_agree(run(case, inputs, **how), expected(case, inputs))
     print(case, how, flush=True)
 

@@ -16,6 +16,16 @@ __device__ inline float* lse_of(const DecodeParams& params, const Query& query, 
            (query.token + row.token) * params.lse_stride[2];
 }
 
+// A row's weights, to its place among a partial's, or where these are null their log-sum-exp as a result.
+__device__ inline void store_weights_of_row(const DecodeParams& params, const Split& split, const Row& row,
+                                            int row_of_tile, const WeightSum& weights, float2* of_partial) {
+    if (of_partial) {
+        of_partial[row_of_tile] = make_float2(weights.max, weights.sum);
+    } else {
+        *lse_of(params, split.query, row) = weights.log_sum_exp();
+    }
+}
+
 template <typename T>
 __device__ inline T* out_of(const DecodeParams& params, const Query& query, const Row& row) {
     return static_cast<T*>(params.out) + query.batch * params.out_stride[0] +

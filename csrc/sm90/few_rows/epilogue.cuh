@@ -115,11 +115,7 @@ __device__ inline void store_weight_sums(const DecodeParams& params, const Weigh
     if (threadIdx.x >= kRows) return;
     const Row row = row_of(params, tile, split, threadIdx.x);
     if (!row.valid) return;
-    if (of_partial) {
-        of_partial[threadIdx.x] = make_float2(total.max, total.sum);
-    } else {
-        *lse_of(params, split.query, row) = total.log_sum_exp();
-    }
+    store_weights_of_row(params, split, row, threadIdx.x, total, of_partial);
 }
 
 // Final rows of a consumer's half of the output.

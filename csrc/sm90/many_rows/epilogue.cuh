@@ -89,11 +89,7 @@ __device__ inline void store_weight_sums(const DecodeParams& params, const RowTi
         // Member by member: a choice between the two as they are would put them into local memory.
         const WeightSum weights(h == 0 ? end.rows[0].max : end.rows[1].max,
                                 h == 0 ? end.rows[0].sum : end.rows[1].sum);
-        if (of_partial) {
-            of_partial[row_of_tile] = make_float2(weights.max, weights.sum);
-        } else {
-            *lse_of(params, split.query, row) = weights.log_sum_exp();
-        }
+        store_weights_of_row(params, split, row, row_of_tile, weights, of_partial);
     }
 }
 
