@@ -181,7 +181,8 @@ DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, con
     const int heads = tiling.heads_per_tile, tokens = tiling.tokens_per_tile;
     return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, tiling.query_box_tiles}),
             .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
-            .k_half = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, kTilesHalfV}),
+            .k_latent =
+                make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(tiling.kernel_rows)}),
             .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
 }
 

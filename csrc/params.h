@@ -15,7 +15,7 @@ constexpr int kTileRows = 64;     // query rows a thread block works on, at most
 constexpr int kHeadDim = 576;     // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;    // of v and out: the latent part of k
 constexpr int kTileColumns = 64;  // of q and of the cache, that are multiplied, and fetched, as one
-constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // of the latent part that are fetched at once
+constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // of the latent part, the half of V
 constexpr int kMetadataWidth = 8;                          // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;    // of a split, in pages: START_COST of schedule.py
@@ -93,13 +93,18 @@ struct DecodeParams {
 
 // The copy engine's views, with tiles of 64 columns as a dimension of their own. A box of the query is a
 // block's rows x DecodeParams::query_box_tiles, or one tile of the rope part; of the cache, a page's 64
-// tokens x half of the latent part's tiles, or the rope tile.
+// tokens x latent_box_tiles() of the latent part's tiles, or the rope tile.
 struct DecodeMaps {
-    CUtensorMap q_nope;  // 64 columns x h_q x s_q x 8 tiles x b
-    CUtensorMap q_pe;    // 64 columns x h_q x s_q x 1 tile x b
-    CUtensorMap k_half;  // 64 columns x 64 tokens x h_kv x 9 tiles x pages
-    CUtensorMap k_rope;  // likewise
+    CUtensorMap q_nope;    // 64 columns x h_q x s_q x 8 tiles x b
+    CUtensorMap q_pe;      // 64 columns x h_q x s_q x 1 tile x b
+    CUtensorMap k_latent;  // 64 columns x 64 tokens x h_kv x 9 tiles x pages
+    CUtensorMap k_rope;    // likewise
 };
+
+// A kernel's boxes of the latent part. Few are better, but with many rows V's last quarter comes by itself.
+constexpr int latent_box_tiles(int kernel_rows) {
+    return kernel_rows == kTileRows ? kTilesHalfV / 2 : kTilesHalfV;
+}
 
 // Pages of a sequence; a negative length counts as none.
 __host__ __device__ inline int pages_of(int seq_len) {

@@ -9,21 +9,25 @@
 namespace mla {
 namespace {
 
-void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, cudaStream_t stream) {
+void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, int sms, cudaStream_t stream) {
     const auto [kernel, shared_bytes] =
         params.kernel_rows < kTileRows ? few_rows_kernel(params) : many_rows_kernel(params);
     // Each launch, for it holds for the current device only; it costs less than a microsecond.
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    cudaLaunchAttribute cooperative;
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    // Two blocks that read the same pages start together.
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {2, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(tiles, params.num_parts);
     config.blockDim = kThreads;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &cooperative;
-    config.numAttrs = params.num_parts > 1;  // one part splits nothing, and waits for nothing
+    config.attrs = attributes;
+    // One part splits nothing, and waits for nothing.
+    config.numAttrs = params.num_parts == 1 ? 0 : tiles == 2 && sms % 2 == 0 ? 2 : 1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
 }
 
@@ -44,7 +48,7 @@ void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStrea
         const int tiles = std::min(tiles_at_once, params.num_row_tiles - first);
         launched.first_row_tile = first;
         launched.arrivals_slot = launches++ % kArrivalsSlots;
-        launch(launched, maps, tiles, stream);
+        launch(launched, maps, tiles, sms, stream);
     }
 }
 

@@ -24,7 +24,7 @@ class Loader {
     // Asks for what needs no barrier, while these are set up. By the lane that then calls `load_all`.
     __device__ void begin() {
         ptx::prefetch_map(maps_.k_rope);
-        ptx::prefetch_map(maps_.k_half);
+        ptx::prefetch_map(maps_.k_latent);
         ptx::prefetch_map(maps_.q_nope);
         ptx::prefetch_map(maps_.q_pe);
         const int seq = plan_.first_seq, page = plan_.first_page;
@@ -43,6 +43,8 @@ class Loader {
 
   private:
     static constexpr bool kQueryHasBarrier = Storage::kQueryHasBarrier;
+    using Groups = typename Storage::Groups;
+    using QueryGroups = PageGroups<0>;
 
     // A split's query and its pages, each page as soon as the consumers give its place back.
     __device__ void load(const Split& split) {
@@ -64,6 +66,12 @@ class Loader {
             load_group<kRope>(page_index, with_query, split.query);
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
+            if constexpr (Storage::kLateTiles > 0) {
+                // Its place will be free late: the L2 fetches it meanwhile.
+                if (pages_asked_for_ >= kStages && share_pages(params_) && blockIdx.x % 2 == 0)
+                    prefetch_group<kLateV>(page_index);
+                load_group<kLateV>(page_index, with_query, split.query);
+            }
             if (with_query && !is_first) {
                 ptx::barrier_wait(&shared_.q_empty, q_round_.parity);
                 q_round_.next();
@@ -87,32 +95,47 @@ class Loader {
     __device__ bool half_is_idle() const { return first_seq_of_half_ >= params_.batch; }
 
     __device__ void prefetch_page(int page_index) {
-        const uint64_t policy = ptx::evict_first();
-        ptx::prefetch_box(maps_.k_rope, 0, tile_.kv_head, kRopeTile, page_index, policy);
-        ptx::prefetch_box(maps_.k_half, 0, tile_.kv_head, first_tile(kLeftV), page_index, policy);
-        ptx::prefetch_box(maps_.k_half, 0, tile_.kv_head, first_tile(kRightV), page_index, policy);
+        prefetch_group<kRope>(page_index);
+        prefetch_group<kLeftV>(page_index);
+        prefetch_group<kRightV>(page_index);
     }
 
-    // A group of the page's tiles. A query without a barrier of its own counts under theirs; its tiles are
-    // asked for here if it is the block's first, else by `load`.
+    template <TileGroup kGroup>
+    __device__ void prefetch_group(int page_index) {
+        for_each_box<kGroup>([&](const CUtensorMap& map, int tile) {
+            ptx::prefetch_box(map, 0, tile_.kv_head, tile, page_index, ptx::evict_first());
+        });
+    }
+
+    // Calls `work` with each box of a group of the page's tiles: by which map, and its first tile.
+    template <TileGroup kGroup, typename Work>
+    __device__ void for_each_box(Work&& work) {
+        constexpr int kFirst = Groups::first_tile(kGroup);
+        constexpr int kStep = kGroup == kRope ? 1 : Storage::kLatentBoxTiles;
+#pragma unroll
+        for (int tile = kFirst; tile < kFirst + Groups::tiles_in(kGroup); tile += kStep)
+            work(kGroup == kRope ? maps_.k_rope : maps_.k_latent, tile);
+    }
+
+    // A group of the page's tiles. A query without a barrier of its own counts under theirs, all of its right
+    // half under that of kRightV; its tiles are asked for here if it is the block's first, else by `load`.
     template <TileGroup kGroup>
     __device__ void load_group(int page_index, bool with_query, const Query& query) {
-        constexpr int kFirst = first_tile(kGroup);
         // All wait for the first page, which a second one would delay: it follows group by group.
         if (pages_asked_for_ == 1) ptx::barrier_wait(&shared_.pages.full[0][kGroup], 0);
         ptx::barrier_wait(&shared_.pages.empty[stage_.slot][kGroup], stage_.parity ^ 1);
         const bool together = with_query && !kQueryHasBarrier;
-        const int query_bytes = together ? query_tile_bytes() : 0;
-        ptx::barrier_arrive_expect(full(kGroup), tiles_in(kGroup) * (kTileBytes + query_bytes));
+        const int query_bytes = together ? QueryGroups::tiles_in(kGroup) * query_tile_bytes() : 0;
+        ptx::barrier_arrive_expect(full(kGroup), Groups::tiles_in(kGroup) * kTileBytes + query_bytes);
         if (together && pages_asked_for_ == 0) load_query_group<kGroup>(query);
-        const CUtensorMap& map = kGroup == kRope ? maps_.k_rope : maps_.k_half;
-        if (evicts_first_) {
-            ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head, kFirst,
-                          page_index, ptx::evict_first());
-        } else {
-            ptx::load_box(shared_.k[stage_.slot][kFirst], map, full(kGroup), 0, tile_.kv_head, kFirst,
-                          page_index);
-        }
+        for_each_box<kGroup>([&](const CUtensorMap& map, int tile) {
+            uint8_t* to = shared_.k[stage_.slot][tile];
+            if (evicts_first_) {
+                ptx::load_box(to, map, full(kGroup), 0, tile_.kv_head, tile, page_index, ptx::evict_first());
+            } else {
+                ptx::load_box(to, map, full(kGroup), 0, tile_.kv_head, tile, page_index);
+            }
+        });
     }
 
     __device__ uint64_t* full(int group) { return &shared_.pages.full[stage_.slot][group]; }
@@ -138,13 +161,14 @@ class Loader {
 
     template <TileGroup kGroup>
     __device__ void load_query_group(const Query& query) {
+        constexpr int kFirst = QueryGroups::first_tile(kGroup);
         uint64_t* barrier = full(kGroup);
         if constexpr (kQueryHasBarrier) barrier = &shared_.q_full;
 #pragma unroll 1
-        for (int t = 0; t < tiles_in(kGroup); t += params_.query_box_tiles)
-            ptx::load_box(shared_.q[first_tile(kGroup) + t], kGroup == kRope ? maps_.q_pe : maps_.q_nope,
-                          barrier, tile_.first_head, query.token + tile_.first_token,
-                          kGroup == kRope ? 0 : first_tile(kGroup) + t, query.batch);
+        for (int t = 0; t < QueryGroups::tiles_in(kGroup); t += params_.query_box_tiles)
+            ptx::load_box(shared_.q[kFirst + t], kGroup == kRope ? maps_.q_pe : maps_.q_nope, barrier,
+                          tile_.first_head, query.token + tile_.first_token, kGroup == kRope ? 0 : kFirst + t,
+                          query.batch);
     }
 
     const DecodeParams& params_;

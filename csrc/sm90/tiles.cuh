@@ -32,18 +32,25 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 constexpr int kConsumerRegisters = 224;
 constexpr int kProducerRegisters = 56;
 
-// The page's tiles in the groups that arrive together, and are given back.
-enum TileGroup { kLeftV = 0, kRightV = 1, kRope = 2, kTileGroups = 3 };
+// The page's tiles in the groups that arrive together, and are given back. The last ones are those of V's
+// right half that a kernel gives back late; it may have none.
+enum TileGroup { kLeftV, kRightV, kRope, kLateV, kTileGroups };
 
-__device__ constexpr TileGroup group_of(int tile) {
-    return static_cast<TileGroup>(tile / kTilesHalfV);
-}
-__device__ constexpr int first_tile(TileGroup group) {
-    return group * kTilesHalfV;
-}
-__device__ constexpr int tiles_in(TileGroup group) {
-    return group == kRope ? 1 : kTilesHalfV;
-}
+template <int kLateTiles>
+struct PageGroups {
+    static constexpr int first_tile(TileGroup group) {
+        return group == kLateV ? kTilesV - kLateTiles : group * kTilesHalfV;
+    }
+    static constexpr int tiles_in(TileGroup group) {
+        if (group == kRope) return 1;
+        return group == kLateV ? kLateTiles : kTilesHalfV - (group == kRightV ? kLateTiles : 0);
+    }
+    // The group that begins with the tile; where none does, kTileGroups.
+    static constexpr int beginning_with(int tile) {
+        if (kLateTiles > 0 && tile == first_tile(kLateV)) return kLateV;
+        return tile % kTilesHalfV == 0 ? tile / kTilesHalfV : kTileGroups;
+    }
+};
 
 // The ring of pages: what is there, and what was given back.
 struct PageBarriers {

@@ -21,9 +21,13 @@ __device__ inline void wait() {
 
 // Keeps the compiler from moving accesses of accumulators across fence() and wait().
 template <int kCount>
-__device__ inline void pin(float (&accumulator)[kCount]) {
+__device__ inline void pin(float* accumulators) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
+}
+template <int kCount>
+__device__ inline void pin(float (&accumulators)[kCount]) {
+    pin<kCount>(&accumulators[0]);
 }
 
 // Low word of a shared-memory matrix descriptor: where a 128-byte swizzled tile of 64 16-bit columns begins,

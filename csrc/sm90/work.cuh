@@ -57,6 +57,11 @@ struct RowTile {
     }
 };
 
+// Whether several row tiles, and so several blocks at a time, read the same pages.
+__device__ inline bool share_pages(const DecodeParams& params) {
+    return params.num_row_tiles > params.num_kv_heads;
+}
+
 // A sequence's query tokens: `length` of them, in this entry of the batch, from `token` on.
 struct Query {
     int batch;

@@ -18,7 +18,8 @@ __device__ inline void compute_scores(Storage<kRows>& shared, int stage, uint32_
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        if (tile % kTilesHalfV == 0) ptx::barrier_wait(&shared.pages.full[stage][group_of(tile)], parity);
+        const int group = Storage<kRows>::Groups::beginning_with(tile);
+        if (group < kTileGroups) ptx::barrier_wait(&shared.pages.full[stage][group], parity);
 #pragma unroll
         for (int step = 0; step < 4; ++step)
             Product<T, kRows>::scores(scores, wgmma::advance(k, tile * kTileBytes + step * 32),

@@ -17,7 +17,8 @@ __device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         const int tile = i == 0 ? kRopeTile : i - 1;
-        if (tile % kTilesHalfV == 0) ptx::barrier_wait(&shared.pages.full[slot][group_of(tile)], parity);
+        const int group = Storage::Groups::beginning_with(tile);
+        if (group < kTileGroups) ptx::barrier_wait(&shared.pages.full[slot][group], parity);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             const uint32_t at = tile * kTileBytes + step * 32;
@@ -29,18 +30,25 @@ __device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity
     wgmma::pin(scores);
 }
 
-// Starts output (64 x 256) = weights (64 x 64) v, added to what it was if `accumulate`; v is four tiles of
-// the page, its rows are tokens.
-template <typename T>
+// A product has 128 columns of the output, and two tiles of V: a quarter of it.
+constexpr int kTilesQuarterV = kTilesHalfV / 2;
+constexpr int kValuesQuarterV = 64;  // of a thread
+
+// Starts kQuarters of output (64 x 128) = weights (64 x 64) v, added to what it was if `accumulate`; v are
+// tiles of the page, its rows are tokens.
+template <typename T, int kQuarters>
 __device__ inline void start_output(const uint32_t (&weights)[16], const void* v_tiles, bool accumulate,
-                                    float (&output)[128]) {
+                                    float* output) {
     const uint32_t v = wgmma::descriptor(v_tiles, kTileBytes);
-    wgmma::pin(output);
+    wgmma::pin<kQuarters * kValuesQuarterV>(output);
     wgmma::fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-        Product<T>::output(output, &weights[4 * step], wgmma::advance(v, step * 16 * 128),
-                           accumulate || step > 0);
+#pragma unroll
+        for (int i = 0; i < kQuarters; ++i)
+            Product<T>::output(output + i * kValuesQuarterV, &weights[4 * step],
+                               wgmma::advance(v, i * kTilesQuarterV * kTileBytes + step * 16 * kRowBytes),
+                               accumulate || step > 0);
     wgmma::commit();
 }
 
@@ -115,6 +123,7 @@ struct ConsumerState {
 // Gives a consumer's half of V of the stage's page back.
 __device__ inline void give_back_page(Storage& shared, int consumer, ConsumerState& state) {
     warp_arrive(&shared.pages.empty[state.stage.slot][consumer == kLeft ? kLeftV : kRightV]);
+    if (consumer == kRight) warp_arrive(&shared.pages.empty[state.stage.slot][kLateV]);
     state.stage.next();
 }
 
@@ -136,6 +145,7 @@ __device__ inline SplitEnd consume_scores_and_left(const DecodeParams& params, S
         const bool is_last = page + 1 == split.page_end;
         compute_scores<T>(shared, slot, state.stage.parity, scores);
         sync_warpgroup(kLeft);  // no warp's scores read the rope tile now, and the weights may take its place
+        if (threadIdx.x % kWarpgroup == 0) ptx::barrier_arrive(&shared.scored[slot]);
         if (is_last && ends_query) warp_arrive(&shared.q_empty);
 
         if (first_key + kPageSize > visible_to_all) mask_scores(scores, first_key, visible);
@@ -146,7 +156,7 @@ __device__ inline SplitEnd consume_scores_and_left(const DecodeParams& params, S
         rescale_output(output, scale);  // at the first page what is there does not count: no branch for that
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(&shared.k[slot][0], split.seq_len - first_key, kLeft);
-        start_output<T>(weights, shared.k[slot][0], page > split.page_begin, output);
+        start_output<T, 2>(weights, shared.k[slot][0], page > split.page_begin, output);
         finish_output(output);
         if (is_last) break;  // the page is given back after the output is stored
         give_back_page(shared, kLeft, state);
@@ -156,28 +166,41 @@ __device__ inline SplitEnd consume_scores_and_left(const DecodeParams& params, S
     return end;
 }
 
-// The right half of the output, with the weights that the other consumer hands over.
+// The right half of the output, with the weights that the other consumer hands over. Where blocks share their
+// pages, so that these come fast, the last quarter of V waits for the next page's scores: it is multiplied
+// beside their softmax, when the tensor cores are idle.
 template <typename T>
-__device__ inline SplitEnd consume_right(Storage& shared, const Split& split, ConsumerState& state,
-                                         float (&output)[128]) {
+__device__ inline SplitEnd consume_right(const DecodeParams& params, Storage& shared, const Split& split,
+                                         ConsumerState& state, float (&output)[128]) {
     if (split.is_empty()) return {};
     uint32_t weights[16];
     for (int page = split.page_begin;; ++page) {
         const int first_key = page * kPageSize, slot = state.stage.slot;
+        const bool accumulates = page > split.page_begin, is_last = page + 1 == split.page_end;
         uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
         ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
         if (split.seq_len < first_key + kPageSize)
             zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
-        start_output<T>(weights, v_tiles, page > split.page_begin, output);
+        start_output<T, 1>(weights, v_tiles, accumulates, output);
         // The copy engine may overwrite the weights' place once they have been written and read for good: the
         // products have the registers, and the fence orders this thread's reads before the engine's writes.
         ptx::fence_async_proxy();
         warp_arrive(&shared.pages.empty[slot][kRope]);
         finish_output(output);
-        if (page + 1 == split.page_end) return take_over_end(shared, slot, state.end_parities);
-        give_back_page(shared, kRight, state);
+        if (!is_last) {
+            warp_arrive(&shared.pages.empty[slot][kRightV]);
+            auto next = state.stage;
+            next.next();
+            if (share_pages(params)) ptx::barrier_wait(&shared.scored[next.slot], next.parity);
+        }
+        ptx::barrier_wait(&shared.pages.full[slot][kLateV], state.stage.parity);
+        start_output<T, 1>(weights, v_tiles[kTilesQuarterV], accumulates, output + kValuesQuarterV);
+        finish_output(output);
+        if (is_last) return take_over_end(shared, slot, state.end_parities);
+        warp_arrive(&shared.pages.empty[slot][kLateV]);
+        state.stage.next();
     }
 }
 
@@ -217,7 +240,7 @@ __device__ inline void consume_split(const DecodeParams& params, Storage& shared
     const bool is_joined = is_merged_here(params, shared.plan, place, consumer);
     const SplitEnd end = consumer == kLeft
                              ? consume_scores_and_left<T>(params, shared, tile, split, true, state, output)
-                             : consume_right<T>(shared, split, state, output);
+                             : consume_right<T>(params, shared, split, state, output);
     uint8_t* v_tiles = shared.k[state.stage.slot][consumer * kTilesHalfV];
     finish_split<T>(params, shared, tile, split, place, is_joined, end, consumer, v_tiles, output);
     if (!split.is_empty()) give_back_page(shared, consumer, state);
@@ -281,7 +304,7 @@ __device__ inline void consume_chunks(const DecodeParams& params, Storage& share
         float output[128];  // the first page's product overwrites it; of an empty chunk nobody reads it
         const SplitEnd end = consumer == kLeft ? consume_scores_and_left<T>(params, shared, tile, chunk,
                                                                             chunk.ends_piece, state, output)
-                                               : consume_right<T>(shared, chunk, state, output);
+                                               : consume_right<T>(params, shared, chunk, state, output);
         finish_chunk<T>(params, shared, tile, chunk, is_all_here, end, consumer, state, output);
         if (!chunk.is_empty()) give_back_page(shared, consumer, state);
     });

@@ -17,6 +17,7 @@ __device__ void init_barriers(Storage& shared) {
     ptx::barrier_init(&shared.q_empty, kWarps);
     init_page_barriers(shared.pages);
     for (int stage = 0; stage < kStages; ++stage) {
+        ptx::barrier_init(&shared.scored[stage], 1);
         ptx::barrier_init(&shared.weights_full[stage], kWarpgroup);
         ptx::barrier_init(&shared.end_full[stage], kWarpgroup);
     }

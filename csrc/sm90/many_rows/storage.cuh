@@ -11,11 +11,14 @@ namespace mla::many_rows {
 
 enum Consumer { kLeft = 0, kRight = 1 };
 
-// Each V half of a page is given back by the warpgroup that multiplies it, the rope tile once the weights
-// that took its place are read.
+// Each V half of a page is given back by the warpgroup that multiplies it, the right one's last quarter of V
+// later than the rest; the rope tile once the weights that took its place are read.
 struct Storage {
     static constexpr bool kQueryHasBarrier = false;  // it comes under those of its first page
     static constexpr bool kHalfMayIdle = false;      // of the parts, by the plan
+    static constexpr int kLateTiles = 2;             // of V: see consume_right
+    static constexpr int kLatentBoxTiles = latent_box_tiles(kTileRows);
+    using Groups = PageGroups<kLateTiles>;
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
@@ -29,6 +32,7 @@ struct Storage {
     BlockPlan plan;
     uint64_t q_empty;
     PageBarriers pages;
+    uint64_t scored[kStages];  // the scores of the page there are worked out
     uint64_t weights_full[kStages];
     uint64_t end_full[kStages];
 
