@@ -178,6 +178,7 @@ __device__ inline SplitEnd consume_right(const DecodeParams& params, Storage& sh
         const int first_key = page * kPageSize, slot = state.stage.slot;
         const bool accumulates = page > split.page_begin, is_last = page + 1 == split.page_end;
         uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
+        ptx::barrier_wait(&shared.scored[slot], state.stage.parity);  // no phase goes by unseen
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
         ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
