@@ -17,7 +17,7 @@ void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, int s
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeCooperative;
     attributes[0].val.cooperative = 1;
-    // Two blocks that read the same pages start together.
+    // Two blocks that read the same pages start together, on the two SMs of a TPC.
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {2, 1, 1};
     cudaLaunchConfig_t config{};
@@ -26,8 +26,9 @@ void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, int s
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
+    const bool in_pairs = tiles == 2 && params.num_kv_heads == 1 && sms % 2 == 0;
     // One part splits nothing, and waits for nothing.
-    config.numAttrs = params.num_parts == 1 ? 0 : tiles == 2 && sms % 2 == 0 ? 2 : 1;
+    config.numAttrs = params.num_parts == 1 ? 0 : in_pairs ? 2 : 1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
 }
 

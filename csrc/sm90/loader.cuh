@@ -112,13 +112,15 @@ class Loader {
     __device__ void for_each_box(Work&& work) {
         constexpr int kFirst = Groups::first_tile(kGroup);
         constexpr int kStep = kGroup == kRope ? 1 : Storage::kLatentBoxTiles;
+        static_assert(Groups::tiles_in(kGroup) % kStep == 0);
 #pragma unroll
         for (int tile = kFirst; tile < kFirst + Groups::tiles_in(kGroup); tile += kStep)
             work(kGroup == kRope ? maps_.k_rope : maps_.k_latent, tile);
     }
 
-    // A group of the page's tiles. A query without a barrier of its own counts under theirs, all of its right
-    // half under that of kRightV; its tiles are asked for here if it is the block's first, else by `load`.
+    // A group of the page's tiles. A query without a barrier of its own counts under theirs, all of the
+    // query's right half under that of kRightV; its tiles are asked for here if it is the block's first, else
+    // by `load`.
     template <TileGroup kGroup>
     __device__ void load_group(int page_index, bool with_query, const Query& query) {
         // All wait for the first page, which a second one would delay: it follows group by group.

@@ -178,12 +178,14 @@ __device__ inline SplitEnd consume_right(const DecodeParams& params, Storage& sh
         const int first_key = page * kPageSize, slot = state.stage.slot;
         const bool accumulates = page > split.page_begin, is_last = page + 1 == split.page_end;
         uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
-        ptx::barrier_wait(&shared.scored[slot], state.stage.parity);  // no phase goes by unseen
+        ptx::barrier_wait(&shared.scored[slot],
+                          state.stage.parity);  // before the weights anyway: synccheck asks it
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
         ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
         if (split.seq_len < first_key + kPageSize)
-            zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
+            zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key,
+                                              kRight);  // all scored, so there
         start_output<T, 1>(weights, v_tiles, accumulates, output);
         // The copy engine may overwrite the weights' place once they have been written and read for good: the
         // products have the registers, and the fence orders this thread's reads before the engine's writes.
