@@ -16,7 +16,8 @@ constexpr int kHeadDim = 576;     // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;    // of v and out: the latent part of k
 constexpr int kTileColumns = 64;  // of q and of the cache, that are multiplied, and fetched, as one
 constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // in half of V
-constexpr int kMetadataWidth = 8;                          // int32 words in a row of tile_scheduler_metadata
+constexpr int kTilesQuarterV = kTilesHalfV / 2;
+constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
 constexpr unsigned kStartCost = 3;    // of a split, in pages: START_COST of schedule.py
 constexpr unsigned kPartialCost = 3;  // of a split that is not its sequence's only one: PARTIAL_COST there
@@ -104,7 +105,7 @@ struct DecodeMaps {
 // Tiles in a box of the latent part. Few boxes are better, but with many rows V's last quarter comes by
 // itself.
 constexpr int latent_box_tiles(int kernel_rows) {
-    return kernel_rows == kTileRows ? kTilesHalfV / 2 : kTilesHalfV;
+    return kernel_rows == kTileRows ? kTilesQuarterV : kTilesHalfV;
 }
 
 // Pages of a sequence; a negative length counts as none.

@@ -69,7 +69,7 @@ if __name__ == "__main__":
     for case in BATCH_INVARIANT:
         check(case, batch_invariant=True)
     check(IN_ONE_PART, batch_invariant=True, parts=1)
-    for h_q in (16, 128):  # with 128 blocks share their pages
+    for h_q in (16, 64, 128):  # with 128 blocks share their pages
         check(Case((600, 300), h_q=h_q), growth=6, parts=1)  # each page raises the softmax's maximum
     run_with_foreign_plan(Case((130, 0), h_q=16), (5000, 5000))
     for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):

@@ -17,7 +17,7 @@ void launch(const DecodeParams& params, const DecodeMaps& maps, int tiles, int s
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeCooperative;
     attributes[0].val.cooperative = 1;
-    // Two blocks that read the same pages start together, on the two SMs of a TPC.
+    // Two blocks that read the same pages start together, on the two SMs of a TPC, if each has two.
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {2, 1, 1};
     cudaLaunchConfig_t config{};

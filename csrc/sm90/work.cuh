@@ -57,7 +57,7 @@ struct RowTile {
     }
 };
 
-// Whether several row tiles, and so several blocks at a time, read the same pages.
+// Whether several row tiles, and so several blocks, read the same pages.
 __device__ inline bool share_pages(const DecodeParams& params) {
     return params.num_row_tiles > params.num_kv_heads;
 }

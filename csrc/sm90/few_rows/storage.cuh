@@ -14,9 +14,8 @@ template <int kRows>
 struct Storage {
     static constexpr bool kQueryHasBarrier = true;  // both consumers wait for it
     static constexpr bool kHalfMayIdle = true;      // of the parts, by the plan
-    static constexpr int kLateTiles = 0;
     static constexpr int kLatentBoxTiles = latent_box_tiles(kRows);
-    using Groups = PageGroups<kLateTiles>;
+    using Groups = PageGroups<0>;
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kRows * kRowBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];

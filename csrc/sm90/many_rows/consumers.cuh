@@ -30,9 +30,8 @@ __device__ inline void compute_scores(Storage& shared, int slot, uint32_t parity
     wgmma::pin(scores);
 }
 
-// A product has 128 columns of the output, and two tiles of V: a quarter of it.
-constexpr int kTilesQuarterV = kTilesHalfV / 2;
-constexpr int kValuesQuarterV = 64;  // of a thread
+// A thread's values of a product's 128 columns, a quarter of V's.
+constexpr int kValuesQuarterV = 64;
 
 // Starts kQuarters of output (64 x 128) = weights (64 x 64) v, added to what it was if `accumulate`; v are
 // tiles of the page, its rows are tokens.
@@ -178,14 +177,14 @@ __device__ inline SplitEnd consume_right(const DecodeParams& params, Storage& sh
         const int first_key = page * kPageSize, slot = state.stage.slot;
         const bool accumulates = page > split.page_begin, is_last = page + 1 == split.page_end;
         uint8_t (*v_tiles)[kTileBytes] = &shared.k[slot][kTilesHalfV];
-        ptx::barrier_wait(&shared.scored[slot],
-                          state.stage.parity);  // before the weights anyway: synccheck asks it
+        // The weights come later anyway, but synccheck asks that each phase is waited for.
+        ptx::barrier_wait(&shared.scored[slot], state.stage.parity);
         const float2 scale = take_over(shared, slot, state.stage.parity, weights);
         rescale_output(output, scale);
         ptx::barrier_wait(&shared.pages.full[slot][kRightV], state.stage.parity);
+        // The last quarter, too: it is there, as its scores are.
         if (split.seq_len < first_key + kPageSize)
-            zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key,
-                                              kRight);  // all scored, so there
+            zero_values_past_end<kTilesHalfV>(v_tiles, split.seq_len - first_key, kRight);
         start_output<T, 1>(weights, v_tiles, accumulates, output);
         // The copy engine may overwrite the weights' place once they have been written and read for good: the
         // products have the registers, and the fence orders this thread's reads before the engine's writes.

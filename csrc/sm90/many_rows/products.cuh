@@ -52,7 +52,7 @@ struct Product;
           " {" MLA_REGISTERS_0_31 ", " MLA_REGISTERS_32_63                                                  \
           "}, {%64, %65, %66, %67}, b, accumulate, 1, 1, 1;\n"                                              \
           "}\n"                                                                                             \
-          : MLA_ACC32(0), MLA_ACC32(32)                                       \
+          : MLA_ACC32(0), MLA_ACC32(32)                                                                     \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(accumulate)));         \
     }                                                                                                       \
   };

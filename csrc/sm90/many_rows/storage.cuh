@@ -16,9 +16,8 @@ enum Consumer { kLeft = 0, kRight = 1 };
 struct Storage {
     static constexpr bool kQueryHasBarrier = false;  // it comes under those of its first page
     static constexpr bool kHalfMayIdle = false;      // of the parts, by the plan
-    static constexpr int kLateTiles = 2;             // of V: see consume_right
     static constexpr int kLatentBoxTiles = latent_box_tiles(kTileRows);
-    using Groups = PageGroups<kLateTiles>;
+    using Groups = PageGroups<kTilesQuarterV>;  // its late tiles: see consume_right
 
     alignas(kSwizzleAtomBytes) uint8_t q[kTiles][kTileBytes];
     alignas(kSwizzleAtomBytes) uint8_t k[kStages][kTiles][kTileBytes];
@@ -32,7 +31,7 @@ struct Storage {
     BlockPlan plan;
     uint64_t q_empty;
     PageBarriers pages;
-    uint64_t scored[kStages];  // the scores of the page there are worked out
+    uint64_t scored[kStages];  // the scores of the page there are worked out: when to go on, for no data
     uint64_t weights_full[kStages];
     uint64_t end_full[kStages];
 
