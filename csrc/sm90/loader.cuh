@@ -67,8 +67,9 @@ class Loader {
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {
-                // Its place will be free late: the L2 fetches it meanwhile.
-                if (pages_asked_for_ >= kStages && share_pages(params_) && blockIdx.x % 2 == 0)
+                // Its place will be free late: the L2 fetches it meanwhile, where no sums of chunks need that.
+                if (pages_asked_for_ >= kStages && share_pages(params_) && params_.chunk_level == 0 &&
+                    blockIdx.x % 2 == 0)
                     prefetch_group<kLateV>(page_index);
                 load_group<kLateV>(page_index, with_query, split.query);
             }
