@@ -67,8 +67,7 @@ class Loader {
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {
-                // Its place will be free late: the L2 fetches it meanwhile, if it does not hold sums of
-                // chunks.
+                // Its place will be free late: the L2 fetches it meanwhile, unless it is for sums of chunks.
                 if (pages_asked_for_ >= kStages && share_pages(params_) && params_.chunk_level == 0 &&
                     blockIdx.x % 2 == 0)
                     prefetch_group<kLateV>(page_index);
