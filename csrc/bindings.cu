@@ -158,20 +158,22 @@ struct RowTiling {
     int kernel_rows;        // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
     int query_box_tiles;    // several where a tile's rows are as many: then its columns are dense there
 
-    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len, int chunk_level)
+    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
           heads_per_tile(std::min(heads_per_group, kTileRows)),
           tokens_per_tile(static_cast<int>(std::min<int64_t>(kTileRows / heads_per_tile, max_query_len))),
           tiles_per_token(static_cast<int>(ceil_div(heads_per_group, heads_per_tile))),
           num_row_tiles(tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads),
-          kernel_rows(kernel_rows_for(max_query_len * heads_per_group, chunk_level)),
+          kernel_rows(kernel_rows_for(max_query_len * heads_per_group)),
           query_box_tiles(heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1) {}
 
+    // Rows that a tile has at most, up to whole octets.
+    int whole_octets() const { return (heads_per_tile * tokens_per_tile + 7) / 8 * 8; }
+
   private:
-    // By shapes alone: a captured graph is replayed with other lengths. The batch-invariant mode has one
-    // kernel, as the longest query of a batch must not choose what decodes the others.
-    static int kernel_rows_for(int64_t rows, int chunk_level) {
-        if (rows > kFewRows || chunk_level > 0) return kTileRows;
+    // By shapes alone: a captured graph is replayed with other lengths.
+    static int kernel_rows_for(int64_t rows) {
+        if (rows > kFewRows) return kTileRows;
         return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
     }
 };
@@ -240,11 +242,17 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     const int64_t heads = q_nope.size(2), num_kv_heads = k_cache.size(2), batch = seq_lens.numel();
     const int64_t parts = tile_scheduler_metadata.size(0);
     const int max_pages = static_cast<int>(block_table.size(1)), level = static_cast<int>(chunk_level);
-    const RowTiling tiling(heads, num_kv_heads, max_query_len, level);
+    const RowTiling tiling(heads, num_kv_heads, max_query_len);
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
     // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
-    const int64_t slots = level > 0 ? batch * chunks_per_seq : parts > 1 ? parts : 0;
-    check_partials(out_partial, weight_sums, slots, max_query_len * heads);
+    const int64_t slots = level > 0   ? parts + std::min(batch, parts - 1) * chunks_per_seq
+                          : parts > 1 ? parts
+                                      : 0;
+    if (level > 0) {
+        check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles, tiling.whole_octets());
+    } else {
+        check_partials(out_partial, weight_sums, slots, max_query_len * heads);
+    }
 
     const DecodeParams params{
         .out = data<void>(out),

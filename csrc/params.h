@@ -69,12 +69,12 @@ struct DecodeParams {
     int batch;
     int query_len;    // s_q, of a ragged batch the largest
     int num_tokens;   // of a ragged batch
-    int chunk_level;  // above 0: batch-invariant, and a sequence has slots for
+    int chunk_level;  // above 0: batch-invariant, and a sequence that is cut has slots for
     int chunks_per_seq;
     int num_kv_heads;  // h_kv
     int num_parts;
     int num_slots;
-    int partial_rows;
+    int partial_rows;  // of a slot; batch-invariant of each row tile of one, in whole octets
     int heads_per_group;               // h_q / h_kv
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
@@ -114,10 +114,12 @@ __host__ __device__ inline int pages_of(int seq_len) {
 }
 
 // The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.
-// Their length is the same wherever the sequence is decoded, and a power of two: about the root of its pages
-// at level 1, twice as much at level 2. Returns the power.
+// Their length is the same wherever the sequence is decoded, and a power of two: at level 1 about the root of
+// its pages up to 16, then 8 up to 128, then 16; twice as much at level 2. Returns the power.
 __host__ __device__ inline int chunk_log2(int pages, int level) {
-    return (std::bit_width(static_cast<unsigned>(pages > 1 ? pages - 1 : 0)) + 1) / 2 + level - 1;
+    const int root = (std::bit_width(static_cast<unsigned>(pages > 1 ? pages - 1 : 0)) + 1) / 2;
+    const int most = pages <= 128 ? 3 : 4;
+    return (root < most ? root : most) + level - 1;
 }
 
 __host__ __device__ inline int num_chunks(int pages, int level) {
@@ -125,12 +127,11 @@ __host__ __device__ inline int num_chunks(int pages, int level) {
     return (pages + (1 << log2) - 1) >> log2;
 }
 
-// The most chunks of a sequence of up to so many pages: of the longest, or of the longest whose chunks are
-// half as long.
+// The most chunks of a sequence of up to so many pages: of the longest, or of one whose chunks are shorter.
 inline int most_chunks(int max_pages, int level) {
-    const int log2 = chunk_log2(max_pages, level), shorter = 1 << std::max(0, 2 * (log2 - level));
     const int pages = std::max(1, max_pages);
-    return std::max(num_chunks(pages, level), num_chunks(std::min(shorter, pages), level));
+    return std::max({num_chunks(pages, level), num_chunks(std::min(pages, 128), level),
+                     num_chunks(std::min(pages, 16), level)});
 }
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);

@@ -14,7 +14,6 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
     schedule,
 )
-from vllm_flashmla_backend.flash_mla.chunks import chunk_level
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
 
@@ -128,7 +127,7 @@ def run(
     metadata, num_splits = plan_for(case, inputs, batch_invariant)
     if parts is not None:
         metadata.zero_()[:, schedule.Field.FIRST_SEQ] = len(case.lengths)  # idle
-        level = chunk_level(case.h_q // case.h_kv) if batch_invariant else 0
+        level = schedule.chunk_level(case.s_q * case.h_q // case.h_kv) if batch_invariant else 0
         planned, counted = schedule.plan(case.lengths, parts, level)
         metadata[:parts], num_splits[:] = planned, counted
     out, lse = nan_results(case, inputs.q_nope.device)
@@ -154,7 +153,6 @@ def plan_for(case: Case, inputs: Inputs, batch_invariant: bool) -> tuple[torch.T
         case.s_q * case.h_q // case.h_kv,
         case.h_kv,
         batch_invariant=batch_invariant,
-        num_heads_q=case.h_q,
     )
 
 

@@ -28,7 +28,7 @@ from test_schedule import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_with_kvcache, get_mla_metadata
 from vllm_flashmla_backend.flash_mla.checks import HEAD_DIM_V
-from vllm_flashmla_backend.flash_mla.chunks import chunk_level, chunk_pages, most_chunks, num_chunks
+from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
 from vllm_flashmla_backend.flash_mla.schedule import (
@@ -37,6 +37,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     START_COST,
     _fill,
     ceil_div,
+    chunk_level,
     num_pages,
     num_parts,
     plan,
@@ -147,7 +148,7 @@ def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(h_q, le
     query_lens = (3, 1, 4) * (len(lengths) // 3)
     together = run_ragged(case, inputs, query_lens, batch_invariant=True)
     for seq, query_len in enumerate(query_lens[:3]):
-        one = replace(case, lengths=case.lengths[seq : seq + 1], s_q=query_len)
+        one = replace(case, lengths=case.lengths[seq : seq + 1])  # of the same longest query
         alone = run_ragged(one, one_of(inputs, [seq]), (query_len,), batch_invariant=True)[0]
         assert torch.equal(alone[0], together[seq][0])
         assert torch.equal(alone[1], together[seq][1])
@@ -186,6 +187,17 @@ def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
     assert next_page == [num_pages(length) for length in lengths]
 
 
+@given(LENGTHS, PARTS, LEVELS)
+def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
+    """The kernels count the places by the plan's slots: a split's part, and the cut sequences before."""
+    places = {}
+    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+        if split.splits > 1:
+            places.setdefault(split.seq, set()).add(split.slot - split.part)
+    assert [places[seq] for seq in sorted(places)] == [{place} for place in range(len(places))]
+    assert len(places) <= min(len(lengths), parts - 1)
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
     worst = 0
@@ -195,12 +207,12 @@ def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
 
 
 def test_chunks_are_few_where_merging_is_dear():
-    """At 8,192 tokens: 8 chunks of 16 pages with up to 32 heads, 4 of 32 pages with more."""
-    assert [num_chunks(128, chunk_level(heads)) for heads in (1, 16, 32, 33, 128)] == [8, 8, 8, 4, 4]
+    """At 8,192 tokens: 16 chunks of 8 pages with up to 32 query rows, 8 of 16 pages with more."""
+    assert [num_chunks(128, chunk_level(rows)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
 
 
 def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
-    case = Case((3000, 5000), h_q=16)
+    case = Case((3000, 5200), h_q=16)
     inputs = make_inputs(case, torch.device("cpu"))
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     default = plan_for(case, inputs, False)

@@ -13,7 +13,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
 
 from vllm_flashmla_backend.attention import impl, metadata  # noqa: E402
-from vllm_flashmla_backend.flash_mla.chunks import chunk_level  # noqa: E402
+from vllm_flashmla_backend.flash_mla.schedule import chunk_level  # noqa: E402
 
 
 def make_builder(monkeypatch, dcp_world_size: int = 1, heads: int = 16, microbatches: bool = False):
@@ -71,6 +71,19 @@ def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invaria
     builder, _ = make_builder(monkeypatch)
     assert build_decode(builder, [0, 1, 2], 2).batch_invariant == invariant
     assert planned_with == [(16, chunk_level(16) if invariant else 0)]
+
+
+@pytest.mark.parametrize("query_begin", [[0, 1, 2], [0, 3, 4], [0, 3, 6]])
+def test_a_batch_invariant_step_is_planned_for_the_longest_query_that_there_may_be(query_begin, monkeypatch):
+    """With drafts. Else a neighbour's drafts would choose the kernel, and with that a request's bits."""
+    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    monkeypatch.setattr(metadata.FlashMLAMetadataBuilder, "reorder_batch_threshold", 3)
+    planned_with = []
+    monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[3:]))
+    builder, _ = make_builder(monkeypatch)
+    decode = build_decode(builder, query_begin, query_begin[-1])
+    assert decode.query_len == 3 and (decode.cu_seqlens_q is None) == (query_begin == [0, 3, 6])
+    assert planned_with == [(3 * 16, chunk_level(3 * 16))]
 
 
 def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):

@@ -2,8 +2,8 @@
 // same order and by the same operations, so that the result's bits do not depend on who works on which of
 // them.
 //
-// A block that has all of a sequence adds its chunks in the L2, all but the last one, which it has in
-// registers; others store theirs apart, and merge their shares. Both add in the sequence's order.
+// A block that begins a sequence adds its chunks up, and if it has all of them the result is there; others
+// store theirs apart, and all of a sequence's blocks merge their shares. Both add in the sequence's order.
 #pragma once
 
 #include <cmath>
@@ -19,8 +19,6 @@ namespace mla {
 struct Chunk : Split {
     int index;  // within the sequence
     bool ends_piece;
-
-    __device__ bool ends_sequence() const { return page_end == pages_of(seq_len); }
 };
 
 // Calls `work` on each chunk of a piece.
@@ -37,24 +35,36 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
     } while (chunk.page_begin < piece.page_end);
 }
 
-// The slot of a chunk that has pages: one of its sequence's, or with others of it in one.
-__device__ inline int slot_of_chunk(const DecodeParams& params, const BlockPlan& plan, const Chunk& chunk,
-                                    bool is_all_here) {
-    if (!is_all_here) return chunk.seq * params.chunks_per_seq + chunk.index;
-    // A part that has all of a sequence needs its chunks no longer than it works on it: such sequences of a
-    // part share the place of the first of them, which so stays in the L2.
-    const int first_here = max(plan.first_seq + (plan.first_splits > 1), 0);
-    return min(first_here, chunk.seq) * params.chunks_per_seq;
+// The slot of a piece's chunk 0, and of the sum of its chunks if it begins the sequence. Each part has one
+// for sequences that it has all of, one after the other, which so stays in the L2; behind these lie those of
+// the sequences that are cut.
+__device__ inline int slot_of_chunks(const DecodeParams& params, const BlockPlan& plan,
+                                     const SplitPlace& place) {
+    if (!place.is_partial()) return plan.part;
+    const int cut_before = place.first_slot + place.index - plan.part;  // a split's slot is part + these
+    return params.num_parts +
+           max(0, min(cut_before, min(params.batch, params.num_parts - 1) - 1)) * params.chunks_per_seq;
 }
 
-// A row's chunks so far: their results, each times its share of the weights, add up.
+// Whether it is that of a part, for sequences that it has all of.
+__device__ inline bool is_slot_of_part(const DecodeParams& params, int slot) {
+    return slot < params.num_parts;
+}
+
+// Whether a piece's chunks are added up: it begins its sequence. By a plan for other lengths one that is all
+// of it may not; it has no slots for its chunks.
+__device__ inline bool adds_up(const DecodeParams& params, const Split& piece, int first_slot) {
+    return piece.page_begin == 0 || is_slot_of_part(params, first_slot);
+}
+
+// A row's chunks so far: their results, which their weights have not divided, add up as these do.
 struct ChunkSum {
-    WeightSum weights;  // a chunk counts as one
+    WeightSum weights;  // of all
 
     // What the next chunk does to the sum.
     struct Step {
         float keep = 1.f;  // by what to scale it, 1 but where a chunk outweighs those before by 2^kSlack
-        float take = 1.f;  // by what to scale the chunk, whose own weights have not divided it yet
+        float take = 1.f;  // by what to scale the chunk
 
         // The sum with a chunk that is scaled already. As the L2 adds, which takes subnormal numbers for 0.
         __device__ float add(float sum, float taken) const {
@@ -63,53 +73,48 @@ struct ChunkSum {
     };
     __device__ Step next(const WeightSum& chunk) {
         Step step;
-        const float log2 = chunk.log2();
-        if (log2 > weights.max + kSlack) {
-            step.keep = ptx::exp2_approx(weights.max - log2);  // 0 at the first chunk: that is -inf
-            weights.max = log2;
+        if (chunk.max > weights.max + kSlack) {
+            step.keep = ptx::exp2_approx(weights.max - chunk.max);  // 0 at the first chunk: that is -inf
+            weights.max = chunk.max;
         }
-        const float weight = log2 == -INFINITY ? 0.f : ptx::exp2_approx(log2 - weights.max);
-        weights.sum = __fadd_rn(__fmul_rn(weights.sum, step.keep), weight);
-        step.take = __fmul_rn(weight, chunk.inverse());
+        step.take = chunk.max == -INFINITY ? 0.f : ptx::exp2_approx(chunk.max - weights.max);
+        weights.sum = __fadd_rn(__fmul_rn(weights.sum, step.keep), __fmul_rn(chunk.sum, step.take));
         return step;
     }
 };
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
-// each second one.
+// each second one. Merged are `count` results: the first, that of all chunks before chunk `second`, and those
+// from there on.
 template <typename T, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
-                                  const SplitPlace& place, int octet, int group) {
-    constexpr int kUnroll = 2;  // chunks whose loads are under way together
-    const Partial first(params, tile, place.first_slot);
-    const int chunks = place.num_splits;
+                                  const ChunkPartial& first, int second, int count, int octet, int group) {
+    constexpr int kUnroll = 8 / kVectors;  // chunks whose loads are under way together
     const uint64_t read_once = ptx::evict_first();
-    const int lane = threadIdx.x % 16;
-    const int row_of_octet = min(lane / 2, first.octet_rows(octet) - 1);  // past a cut octet's end the last
-    const int vector_stride = 2 * first.group_stride(octet);
-    const float2* weights_row = first.weight_sums + octet * kOctetRows + row_of_octet;
-    const float* out = first.group(octet, group) + row_of_octet * kGroupColumns + lane % 2 * 4;
+    const int lane = threadIdx.x % 16, to_next = ChunkPartial::rows_to_next(params);
+    const float2* weights_row = first.weight_sums + octet * kOctetRows + lane / 2;
+    const float* out = first.group(octet, group) + lane / 2 * kGroupColumns + lane % 2 * 4;
     ChunkSum row_sum;
     float4 sum[kVectors] = {};
 #pragma unroll 1
-    for (int begin = 0; begin < chunks; begin += kUnroll) {
+    for (int begin = 0; begin < count; begin += kUnroll) {
         float4 value[kUnroll][kVectors];
         WeightSum weights[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
-            if (begin + i >= chunks) break;
-            weights[i] = WeightSum(__ldcg(weights_row + (begin + i) * params.partial_rows));
+            if (begin + i >= count) break;
+            const int chunk = begin + i == 0 ? 0 : begin + i - 1 + second;
+            weights[i] = WeightSum(__ldcg(weights_row + chunk * to_next));
 #pragma unroll
             for (int v = 0; v < kVectors; ++v)
-                value[i][v] =
-                    ptx::load(reinterpret_cast<const float4*>(
-                                  out + (begin + i) * static_cast<int64_t>(params.partial_rows) * kHeadDimV +
-                                  v * vector_stride),
-                              read_once);
+                value[i][v] = ptx::load(
+                    reinterpret_cast<const float4*>(out + chunk * static_cast<int64_t>(to_next) * kHeadDimV +
+                                                    2 * v * ChunkPartial::kGroupFloats),
+                    read_once);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
-            if (begin + i >= chunks) break;
+            if (begin + i >= count) break;
             const auto step = row_sum.next(weights[i]);
             const auto add = [&](float to, float chunk) {
                 const float taken = __fmul_rn(chunk, step.take);
@@ -125,24 +130,42 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
     store_merged<T>(params, tile, piece, octet, group, sum, row_sum.weights);
 }
 
-// Merges the part's share of the sequences that others work on, too.
-template <typename T>
+// A warp's items of a merge: 8 rows x 16 kVectors columns each. See merge_item.
+template <typename T, int kVectors>
+__device__ inline void merge_items(const DecodeParams& params, const RowTile& tile, const Split& piece,
+                                   const SplitPlace& part, const ChunkPartial& first, int second, int count,
+                                   int octets, int consumer) {
+    constexpr int kItems = kGroups / (2 * kVectors);  // in an octet
+    const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
+    const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
+#pragma unroll 1
+    for (int item = rank + warp * ranks; item < octets * kItems; item += kWarps * ranks)
+        merge_item<T, kVectors>(params, tile, piece, first, second, count, item / kItems,
+                                item % kItems * 2 * kVectors + half);
+}
+
+// Merges the part's share of the sequences that others work on, too: kMost vectors of columns a lane at a
+// time, or kLeast where warps would have nothing to do.
+template <typename T, int kMost, int kLeast>
 __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer) {
-    constexpr int kVectors = 4, kItems = kGroups / (2 * kVectors);  // a warp's work in an octet
-    const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
     for_each_split(params, plan, tile, [&](const Split& piece) {
         const SplitPlace part(params, plan, piece);
         if (!part.is_partial()) return;
-        const int chunks = num_chunks(pages_of(piece.seq_len), params.chunk_level);
-        const SplitPlace place(0, chunks, piece.seq * params.chunks_per_seq);
+        const int pages = pages_of(piece.seq_len), chunks = num_chunks(pages, params.chunk_level);
+        const int second_page = params.parts[plan.part - part.index + 1].first_page;
+        const int second = max(1, min(second_page >> chunk_log2(pages, params.chunk_level), chunks));
+        const ChunkPartial first(params, slot_of_chunks(params, plan, part));
         wait_for_all(params, plan, phases, piece, part, consumer);
-        const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
-        const int items = (piece.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kItems;
-#pragma unroll 1
-        for (int item = rank + warp * ranks; item < items; item += 4 * ranks)
-            merge_item<T, kVectors>(params, tile, piece, place, item / kItems,
-                                    item % kItems * 2 * kVectors + half);
+        const int count = 1 + chunks - second;
+        const int octets = (piece.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows;
+        const int warps = part.num_splits * kConsumers * kWarps;
+        constexpr int kItems = kGroups / (2 * kMost);
+        if (kLeast == kMost || 2 * octets * kItems > warps) {
+            merge_items<T, kMost>(params, tile, piece, part, first, second, count, octets, consumer);
+        } else {
+            merge_items<T, kLeast>(params, tile, piece, part, first, second, count, octets, consumer);
+        }
     });
 }
 

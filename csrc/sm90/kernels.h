@@ -5,6 +5,8 @@
 
 namespace mla {
 
+enum class Mode { kSplits, kBatchInvariant };
+
 using DecodeKernel = void (*)(DecodeParams, DecodeMaps);
 
 struct Launchable {

@@ -32,8 +32,7 @@ struct Partial {
         const int token = tile.kv_head * params.query_len + tile.first_token;
         const int head = tile.first_head - tile.kv_head * params.heads_per_group;
         const int first = slot * params.partial_rows + token * params.heads_per_group + head;
-        out =
-            params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // of chunks there may be gigabytes
+        out = params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // there may be gigabytes
         weight_sums = params.weight_sums + first;
     }
 
@@ -42,6 +41,40 @@ struct Partial {
     __device__ int group_stride(int octet) const { return octet_rows(octet) * kGroupColumns; }
     __device__ float* group(int octet, int group) const {
         return out + octet * kOctetRows * kHeadDimV + group * group_stride(octet);
+    }
+    template <typename Vector>
+    __device__ Vector* further(Vector* at, int octet, int groups) const {
+        return ptx::further(at,
+                            groups * group_stride(octet) / static_cast<int>(sizeof(Vector) / sizeof(float)));
+    }
+};
+
+// A tile's partial of a chunk: each has a place of its own for its tile's rows, of whole octets, so that the
+// compiler knows all distances.
+struct ChunkPartial {
+    static constexpr int kGroupFloats = kOctetRows * kGroupColumns;
+
+    float* out;
+    float2* weight_sums;
+
+    // In a sequence's or a part's first slot; chunks further there.
+    __device__ ChunkPartial(const DecodeParams& params, int first_slot, int chunk = 0) {
+        const int tile = params.first_row_tile + blockIdx.x;
+        const int first = ((first_slot + chunk) * params.num_row_tiles + tile) * params.partial_rows;
+        out = params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // there may be gigabytes
+        weight_sums = params.weight_sums + first;
+    }
+    // From a row of one chunk to that of the next one.
+    __device__ static int rows_to_next(const DecodeParams& params) {
+        return params.num_row_tiles * params.partial_rows;
+    }
+
+    __device__ float* group(int octet, int group) const {
+        return out + (octet * kGroups + group) * kGroupFloats;
+    }
+    template <typename Vector>
+    __device__ Vector* further(Vector* at, int, int groups) const {
+        return at + groups * kGroupFloats / static_cast<int>(sizeof(Vector) / sizeof(float));
     }
 };
 

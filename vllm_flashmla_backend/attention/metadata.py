@@ -20,10 +20,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
 from .. import LONGEST_DECODED
 from ..flash_mla.checks import check_heads
-from ..flash_mla.chunks import chunk_level
 from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
-from ..flash_mla.schedule import METADATA_WIDTH, TILE_ROWS, num_pages
+from ..flash_mla.schedule import METADATA_WIDTH, TILE_ROWS, chunk_level, num_pages
 from . import long_queries
 from .compat import vllm_flashmla_backend
 
@@ -103,7 +102,11 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         if takes_ragged and self._decodes_prompts(vllm_config):
             longest = min(LONGEST_DECODED, MOST_DECODED_ROWS // self.num_query_heads)
             self.reorder_batch_threshold = max(self.reorder_batch_threshold, longest)
-        self.chunk_level = chunk_level(self.num_query_heads) if envs.VLLM_BATCH_INVARIANT else 0
+        # Of a step's longest query its neighbours must know nothing in the batch-invariant mode, so there
+        # every step is planned for the longest that there may be.
+        self.least_query_len = self.reorder_batch_threshold if envs.VLLM_BATCH_INVARIANT else 1
+        longest_rows = self.least_query_len * self.num_query_heads
+        self.chunk_level = chunk_level(longest_rows) if envs.VLLM_BATCH_INVARIANT else 0
         # one query token a sequence takes the most parts: more rows need more blocks per part
         max_parts = num_parts(device, self.num_query_heads, 1)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -138,7 +141,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         decode = super()._build_decode(**kwargs)
         batch = decode.seq_lens.shape[0]
         query_lens = np.diff(kwargs["query_start_loc_cpu"].numpy())  # (num_decodes,)
-        num_query_tokens, max_query_len = int(query_lens.sum()), max(1, int(query_lens.max()))
+        num_query_tokens = int(query_lens.sum())
+        max_query_len = max(self.least_query_len, int(query_lens.max()))
         if self.dcp_world_size > 1 and max_query_len > 1:
             # seq_lens are this rank's share: of what an earlier query token may see they say nothing
             raise ValueError(

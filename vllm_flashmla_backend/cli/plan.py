@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan on the host, as `schedule.plan` specifies it, and draw; always 0."""
-    from ..flash_mla import chunks, schedule
+    from ..flash_mla import schedule
 
     lengths = parse_lengths(args.lens)
     require_heads(args.heads)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     rows = args.heads * args.query_len
     sms = None if args.parts else num_sms()
     num_parts = args.parts or schedule.num_parts(sms, rows, 1)
-    level = chunks.chunk_level(args.heads) if args.batch_invariant else 0
+    level = schedule.chunk_level(rows) if args.batch_invariant else 0
     metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
     if args.out:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from . import chunks
+from . import schedule
 from .checks import (
     HEAD_DIM,
     HEAD_DIM_ROPE,
@@ -64,7 +64,8 @@ def flash_mla_with_kvcache(
     causal : query token i of s_q sees keys up to `length - s_q + i`.
     is_fp8_kvcache, indices : FlashMLA's, for what is not served here; anything but False and None is refused.
     batch_invariant : a sequence's result has the same bits whatever else is in the batch, wherever it
-        stands there. Takes a plan made so, and scratch memory for every chunk that a sequence may have.
+        stands there, in all calls of the same s_q. Takes a plan made so, and scratch memory for the chunks of
+        sequences.
 
     Returns
     -------
@@ -169,7 +170,8 @@ def flash_mla_decode_varlen(
     q_pe : (tokens, h_q, 64).
     cu_seqlens_q : (b + 1,) int32; sequence i has the tokens from `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]`.
     max_query_len : no sequence has more query tokens. The plan is made for
-        `max_query_len * h_q // h_kv` rows that share a KV head.
+        `max_query_len * h_q // h_kv` rows that share a KV head. With `batch_invariant`, calls of the same
+        one give the same bits: take the most that there may be, not the most that this batch has.
     out : (tokens, h_q, 512) in q's dtype, written; allocated unless given.
     lse : (h_q, tokens) float32, written; allocated unless given.
 
@@ -235,9 +237,10 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invari
         metadata, num_splits = metadata.for_call(
             cache_seqlens, args.max_query_len, h_q, h_kv, batch_invariant
         )
-    level = chunks.chunk_level(h_q // h_kv) if batch_invariant else 0
+    rows = args.max_query_len * h_q // h_kv
+    level = schedule.chunk_level(rows) if batch_invariant else 0
     args = args._replace(tile_scheduler_metadata=metadata, chunk_level=level)
-    parts = num_parts(device, args.max_query_len * h_q // h_kv, h_kv)
+    parts = num_parts(device, rows, h_kv)
     check_plan_buffers(metadata, num_splits, parts, b, device)
     if device.type == "cpu":
         check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits, level)

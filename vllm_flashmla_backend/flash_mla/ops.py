@@ -63,8 +63,8 @@ def decode(
     tile_scheduler_metadata: torch.Tensor,  # (num_parts, 8) int32
     out: torch.Tensor,  # (b, s_q, h_q, 512) or (1, tokens, h_q, 512), filled
     lse: torch.Tensor,  # (b, h_q, s_q) or (1, h_q, tokens) float32, filled
-    out_partial: torch.Tensor,  # (schedule.partial_slots, max_query_len * h_q, 512) float32, scratch
-    weight_sums: torch.Tensor,  # (schedule.partial_slots, max_query_len * h_q, 2) float32, scratch
+    out_partial: torch.Tensor,  # (slots, rows, 512) float32, scratch: see providers.empty_partials
+    weight_sums: torch.Tensor,  # (slots, rows, 2) float32, scratch
     softmax_scale: float,
     causal: bool,
     chunk_level: int,

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from . import chunks, schedule
+from . import schedule
 from .checks import (
     check_bool,
     check_heads,
@@ -48,7 +48,7 @@ class MLAPlan:
         shape = (cache_seqlens.shape[0], s_q, h_q, h_kv)
         if self._shape is None:
             self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
-                cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant, num_heads_q=h_q
+                cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant
             )
             self._shape = shape
         elif shape != self._shape:
@@ -84,8 +84,7 @@ def get_mla_metadata(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     num_q_tokens_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
     num_heads_k : KV heads, `h_kv`.
-    num_heads_q : `h_q`, 1 to 128. Only a batch-invariant plan of several query tokens has to know it; unless
-        given, the query rows are taken for the heads of one token.
+    num_heads_q : `h_q`, 1 to 128. FlashMLA's; no plan needs it, but where it is given it has to fit.
     is_fp8_kvcache, topk : FlashMLA's, for what is not served here; anything but False and None is refused.
     batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
         that decodes says so, too.
@@ -110,14 +109,12 @@ def get_mla_metadata(
     for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             fail(name, repr(value), "an int of at least 1")
-    if num_heads_q is None:
-        num_heads_q = num_q_tokens_per_head_k * num_heads_k
-    else:
+    if num_heads_q is not None:
         _check_num_heads_q(num_heads_q, num_q_tokens_per_head_k, num_heads_k)
     parts = num_parts(cache_seqlens.device, num_q_tokens_per_head_k, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
-    level = chunks.chunk_level(num_heads_q // num_heads_k) if batch_invariant else 0
+    level = schedule.chunk_level(num_q_tokens_per_head_k) if batch_invariant else 0
     plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, num_q_tokens_per_head_k, level)
     return tile_scheduler_metadata, num_splits
 
@@ -137,7 +134,7 @@ def plan_into(
     tile_scheduler_metadata : (parts, 8) int32, written; `parts` is what `num_parts` returned.
     num_splits : (b + 1,) int32, written.
     rows_per_kv_head : query rows that share a KV head, `s_q * h_q // h_kv`.
-    chunk_level : for a batch-invariant plan, `chunks.chunk_level` of the heads that share a KV head.
+    chunk_level : for a batch-invariant plan, what `schedule.chunk_level` says of the rows.
 
     Raises
     ------

@@ -9,9 +9,9 @@ of pages in batch order: it may finish a sequence begun by the part before it, d
 sequences, and begin a sequence that the next part goes on with. A part's piece of one sequence
 is a *split*; a sequence decoded in one split needs no merge. Sequences are laid out over the parts
 in one of three ways: `_a_split_a_part` where that costs no more, or `_whole_sequences`, else `_on_a_line`.
-The batch-invariant mode has a layout of its own, `_in_chunks`, and keeps the partial result of a chunk at
-sequence × most_chunks + chunk, whatever slot the plan says; where a part has all of a sequence, it keeps the
-sum of its chunks, at the place of the part's first such sequence.
+The batch-invariant mode has a layout of its own, `_in_chunks`, and slots of its own. Where a part has all of
+a sequence, it keeps the sum of its chunks at the slot of its own number. Behind these lie `most_chunks` slots
+for each sequence that is cut, in batch order.
 """
 
 from __future__ import annotations
@@ -121,16 +121,37 @@ def is_few(rows_per_kv_head: int) -> bool:
     return rows_per_kv_head <= FEW_ROWS
 
 
+def row_tiles(query_len: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Tiles that the query rows of all KV heads are cut into, and how many rows one has at most.
+
+    A tile has whole query tokens, or heads of one.
+    """
+    group = num_heads // num_kv_heads
+    heads = min(group, TILE_ROWS)
+    tokens = min(TILE_ROWS // heads, query_len)
+    return num_kv_heads * ceil_div(group, heads) * ceil_div(query_len, tokens), heads * tokens
+
+
+def chunk_level(rows_per_kv_head: int) -> int:
+    """How long chunks are in the batch-invariant mode, see `chunks`: 1 for few rows, with which storing and
+    merging one is cheap, else 2. (0 is the default mode.)
+
+    The rows are those of the longest query that there may be, not of the longest in a batch.
+    """
+    return 1 if is_few(rows_per_kv_head) else 2
+
+
 def partial_slots(batch: int, parts: int, max_pages: int, chunk_level: int) -> int:
     """Room for partial results that is enough for any lengths.
 
     Part p's split of sequence i has slot p + r, r being the sequences before i that have several
     splits. Each of these begins in a part of its own, and none of them in the last one, so there are at most
-    min(batch, parts - 1). A single part splits nothing. In the batch-invariant mode every chunk of a sequence
-    of up to `max_pages` has a slot.
+    min(batch, parts - 1). A single part splits nothing. In the batch-invariant mode each part has a slot for
+    the sums of sequences that it has all of, and each sequence with several splits, of up to `max_pages`, one
+    for each chunk.
     """
     if chunk_level > 0:
-        return batch * most_chunks(max_pages, chunk_level)
+        return parts + min(batch, parts - 1) * most_chunks(max_pages, chunk_level)
     return parts - 1 + min(batch, parts - 1)
 
 

@@ -141,8 +141,8 @@ __device__ inline void consume_page(const DecodeParams& params, Storage<kRows>& 
 
 // A split, from its pages to its result in memory.
 template <typename T, int kRows>
-__device__ inline void consume(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
-                               const Split& split, int consumer, ConsumerState& state) {
+__device__ inline void consume_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
+                                     const Split& split, int consumer, ConsumerState& state) {
     HalfOutput<kRows> output;
     const SplitPlace place(params, shared.plan, split);
     const bool is_joined = is_merged_here(params, shared.plan, place, consumer);

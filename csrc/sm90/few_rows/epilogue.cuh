@@ -47,7 +47,7 @@ __device__ inline WeightSum total_of(const Storage<kRows>& shared, int last_stag
 }
 
 // Calls `work` with the places in a partial of this consumer's values: where, in which tile, which one there.
-template <int kRows, typename Work>
+template <int kRows, typename Partial, typename Work>
 __device__ inline void for_each_value(const Partial& partial, int rows, int consumer, Work&& work) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
     const int first_group = (consumer * kColumnsHalfV + 16 * warp) / kGroupColumns;
@@ -55,7 +55,6 @@ __device__ inline void for_each_value(const Partial& partial, int rows, int cons
     for (int octet = 0; octet < kRows / kOctetRows; ++octet) {
         if (octet * kOctetRows >= rows) break;
         const int row = lane % 4 * 2, rows_left = rows - octet * kOctetRows - row;
-        const int stride = partial.group_stride(octet);
         float* group = partial.group(octet, first_group) + row * kGroupColumns + lane / 4;
 #pragma unroll
         for (int t = 0; t < kTilesHalfV; ++t)
@@ -63,7 +62,7 @@ __device__ inline void for_each_value(const Partial& partial, int rows, int cons
             for (int h = 0; h < 2; ++h) {
                 if (rows_left > 0) work(group, t, 4 * octet + 2 * h);
                 if (rows_left > 1) work(group + kGroupColumns, t, 4 * octet + 2 * h + 1);
-                group = ptx::further(group, h == 0 ? stride : (kTileColumns / kGroupColumns - 1) * stride);
+                group = partial.further(group, octet, h == 0 ? 1 : kTileColumns / kGroupColumns - 1);
             }
     }
 }

@@ -4,7 +4,7 @@
 // that little is multiplied in vain and a query, an output and the code that handles them are small.
 #include "../block.cuh"
 #include "../kernels.h"
-#include "consumers.cuh"
+#include "chunks.cuh"
 
 namespace mla {
 namespace few_rows {
@@ -20,26 +20,41 @@ __device__ void init_barriers(Storage<kRows>& shared) {
     ptx::fence_barrier_init();
 }
 
-template <typename T, int kRows>
+template <typename T, int kRows, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodeMaps maps) {
-    const auto consume_split = [&](Storage<kRows>& shared, const RowTile& tile, const Split& split,
-                                   int consumer, ConsumerState& state) {
-        consume<T, kRows>(params, shared, tile, split, consumer, state);
+    const auto consume = [&](Storage<kRows>& shared, const RowTile& tile, const Split& split, int consumer,
+                             ConsumerState& state) {
+        if constexpr (kMode == Mode::kBatchInvariant) {
+            consume_chunks<T, kRows>(params, shared, tile, split, consumer, state);
+        } else {
+            consume_split<T, kRows>(params, shared, tile, split, consumer, state);
+        }
     };
     const auto merge = [&](Storage<kRows>& shared, const RowTile& tile, int consumer) {
-        constexpr int kFewSplits = kRows < kFewRows ? 10 : 13;  // measured: merge_wide is faster up to there
-        merge_splits<T, 2, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
-                                       shared.merge_scratch(consumer));
+        if constexpr (kMode == Mode::kBatchInvariant) {
+            merge_chunks<T, 4, 1>(params, shared.plan, shared.phases, tile, consumer);
+        } else {
+            constexpr int kFewSplits =
+                kRows < kFewRows ? 10 : 13;  // measured: merge_wide is faster up to there
+            merge_splits<T, 2, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
+                                           shared.merge_scratch(consumer));
+        }
     };
-    run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume_split, merge);
+    run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume, merge);
+}
+
+template <typename T, int kRows>
+Launchable launchable(const DecodeParams& params) {
+    return {params.chunk_level > 0 ? decode_kernel<T, kRows, Mode::kBatchInvariant>
+                                   : decode_kernel<T, kRows, Mode::kSplits>,
+            sizeof(Storage<kRows>)};
 }
 
 template <typename T>
 Launchable kernel_for(const DecodeParams& params) {
     constexpr int kHalf = kFewRows / 2;
-    if (params.kernel_rows == kHalf) return {decode_kernel<T, kHalf>, sizeof(Storage<kHalf>)};
-    return {decode_kernel<T, kFewRows>, sizeof(Storage<kFewRows>)};
+    return params.kernel_rows == kHalf ? launchable<T, kHalf>(params) : launchable<T, kFewRows>(params);
 }
 
 }  // namespace

@@ -38,17 +38,16 @@ __device__ inline void scale_output(float (&output)[128], float2 scale) {
 
 // Calls `work` with the places in a partial of this consumer's half, two neighbouring values at a time: in
 // which of the thread's two rows, where, and where they are in its output.
-template <typename Work>
+template <typename Partial, typename Work>
 __device__ inline void for_each_pair(const Partial& partial, int rows, int consumer, Work&& work) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int octet = threadIdx.x % kWarpgroup / 32 * 2 + h;
         if (octet * kOctetRows + lane / 4 >= rows) continue;
-        const int stride = partial.group_stride(octet) / 2;
         auto* at = reinterpret_cast<float2*>(partial.group(octet, consumer * kGroups / 2)) + lane;
 #pragma unroll
-        for (int i = 0; i < kGroups / 2; ++i, at = ptx::further(at, stride)) work(h, at, 4 * i + 2 * h);
+        for (int i = 0; i < kGroups / 2; ++i, at = partial.further(at, octet, 1)) work(h, at, 4 * i + 2 * h);
     }
 }
 
@@ -115,30 +114,6 @@ __device__ inline void add_other_split(const DecodeParams& params, const RowTile
         output[i] = output[i] * of_mine[h] + value.x * of_other[h];
         output[i + 1] = output[i + 1] * of_mine[h] + value.y * of_other[h];
     });
-}
-
-// Stores a chunk, or adds it to the sum of those before it, which this thread has stored. Many pages will
-// pass through the L2 before that is read.
-__device__ inline void keep_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                  int slot, bool adds, int consumer, const float (&output)[128]) {
-    const uint64_t policy = ptx::evict_last();
-    for_each_pair(Partial(params, tile, slot), chunk.valid_rows(params, tile), consumer,
-                  [&](int, float2* to, int i) {
-                      ptx::add_or_store(to, make_float2(output[i], output[i + 1]), adds, policy);
-                  });
-}
-
-// Adds the sum of the chunks before, which this thread has stored, to a chunk's `output`.
-__device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                          int slot, const ChunkSum::Step (&steps)[2], int consumer,
-                                          float (&output)[128]) {
-    const uint64_t read_once = ptx::evict_first();
-    for_each_pair(Partial(params, tile, slot), chunk.valid_rows(params, tile), consumer,
-                  [&](int h, const float2* at, int i) {
-                      const float2 earlier = ptx::load(at, read_once);
-                      output[i] = steps[h].add(earlier.x, output[i]);
-                      output[i + 1] = steps[h].add(earlier.y, output[i + 1]);
-                  });
 }
 
 }  // namespace mla::many_rows

@@ -4,12 +4,10 @@
 // wgmma, with the query rows along its 64; pages come through the copy engine.
 #include "../block.cuh"
 #include "../kernels.h"
-#include "consumers.cuh"
+#include "chunks.cuh"
 
 namespace mla {
 namespace many_rows {
-
-enum class Mode { kSplits, kBatchInvariant };
 
 namespace {
 
@@ -37,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto merge = [&](Storage& shared, const RowTile& tile, int consumer) {
         if constexpr (kMode == Mode::kBatchInvariant) {
-            merge_chunks<T>(params, shared.plan, shared.phases, tile, consumer);
+            merge_chunks<T, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
         } else {
             constexpr int kFewSplits = 13;  // measured: merge_wide is faster up to there
             merge_splits<T, 4, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
