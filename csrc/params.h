@@ -74,7 +74,7 @@ struct DecodeParams {
     int num_kv_heads;  // h_kv
     int num_parts;
     int num_slots;
-    int partial_rows;  // of a slot; batch-invariant of each row tile of one, in whole octets
+    int partial_rows;                  // of a slot; batch-invariant of each row tile of one, in whole octets
     int heads_per_group;               // h_q / h_kv
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
