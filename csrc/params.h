@@ -54,7 +54,8 @@ struct PlanParams {
 struct DecodeParams {
     void* out;                // (b, s_q, h_q, 512), or ragged (tokens, h_q, 512)
     float* lse;               // (b, h_q, s_q), or ragged (h_q, tokens)
-    float* out_partial;       // (num_slots, partial_rows, 512), laid out as partial.cuh says
+    float* out_partial;       // (num_slots, partial_rows, 512), laid out as partial.cuh says; batch-invariant
+                              // with num_row_tiles times as many, shorter ones
     float2* weight_sums;      // (num_slots, partial_rows) of each partial row: numbers.cuh's WeightSum
     const int* block_table;   // (b, max_pages)
     const int* seq_lens;      // (b)

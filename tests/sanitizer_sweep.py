@@ -73,5 +73,7 @@ if __name__ == "__main__":
     for h_q in (16, 64, 128):  # with 128 blocks share their pages
         check(Case((600, 300), h_q=h_q), growth=6, parts=1)  # each page raises the softmax's maximum
     run_with_foreign_plan(Case((130, 0), h_q=16), (5000, 5000))
-    for out, lse in run_ragged(RAGGED, make_inputs(RAGGED, torch.device("cuda", 0)), (2, 0, 5)):
-        assert out.isfinite().all() and not lse.isnan().any()
+    for batch_invariant in (False, True):
+        inputs = make_inputs(RAGGED, torch.device("cuda", 0))
+        for out, lse in run_ragged(RAGGED, inputs, (2, 0, 5), batch_invariant):
+            assert out.isfinite().all() and not lse.isnan().any()

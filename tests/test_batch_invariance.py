@@ -16,6 +16,7 @@ from mla_cases import (
     SCALE,
     Case,
     Inputs,
+    add_growing_scores,
     assert_agree,
     captured,
     expected,
@@ -55,6 +56,8 @@ CASES = [
     Case(MIXED, h_q=12, h_kv=3, causal=True, strided=True),
     Case((3000,) * 40, h_q=8, dtype=torch.float16),
     Case((20_000, 300), h_q=64),
+    # of the last chunk the first query token sees nothing
+    *(Case((513, 1025, 8193) * 3, s_q=2, h_q=h_q, causal=True) for h_q in (16, 40)),
     Case((700, 3000), s_q=8, h_q=128, causal=True),  # 16 tiles: few parts
     *MANY,
 ]
@@ -104,11 +107,14 @@ def test_a_chunk_may_outweigh_all_before_it(case, device):
         assert torch.equal(alone[1][0], together[1][seq])
 
 
-@pytest.mark.parametrize("h_q", [20, 128])
-def test_few_parts_give_the_bits_of_all_parts(h_q, device):
-    """Whether a part has all of a sequence's chunks or others have some."""
-    case = Case((2500, 600, 0, 300, 1300, 130), h_q=h_q)
+@pytest.mark.parametrize("growth", [0, 20])
+@pytest.mark.parametrize("h_q", [16, 20, 128])
+def test_few_parts_give_the_bits_of_all_parts(h_q, growth, device):
+    """Whether a part has all of a sequence's chunks or others have some, one or several, and whether what was
+    summed up has to be rescaled."""
+    case = Case((2500, 600, 0, 9000, 300, 1300, 130), h_q=h_q)
     inputs = make_inputs(case, device)
+    add_growing_scores(inputs, growth)
     of_all = run(case, inputs, batch_invariant=True)
     for parts in (1, 3):
         few = run(case, inputs, batch_invariant=True, parts=parts)
@@ -152,6 +158,18 @@ def test_queries_of_different_lengths_have_the_bits_that_they_have_alone(h_q, le
         alone = run_ragged(one, one_of(inputs, [seq]), (query_len,), batch_invariant=True)[0]
         assert torch.equal(alone[0], together[seq][0])
         assert torch.equal(alone[1], together[seq][1])
+
+
+@pytest.mark.parametrize("h_q", [5, 16])
+def test_a_ragged_call_gives_the_bits_of_a_uniform_one(h_q, device):
+    """Of the same longest query: with drafts a step may be either."""
+    case = Case((2500, 4100, 700), s_q=3, h_q=h_q, causal=True)
+    inputs = make_inputs(case, device)
+    uniform = run(case, inputs, batch_invariant=True)
+    for query_lens in ((3, 1, 0), (3, 3, 3)):
+        ragged = run_ragged(case, inputs, query_lens, batch_invariant=True)[0]
+        assert torch.equal(ragged[0][0], uniform[0][0])
+        assert torch.equal(ragged[1][0], uniform[1][0])
 
 
 @pytest.mark.gpu

@@ -113,9 +113,9 @@ def test_few_heads_leave_half_of_the_parts_idle_where_pages_are_few(heads, busy,
     assert f"{busy} of 132 parts busy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("heads, level", [(16, 1), (128, 2)])
-def test_batch_invariant_plan_cuts_between_chunks_of_the_heads_level(heads, level, capsys):
-    options = ["--lens", "9000,300", "--parts", "8", "--heads", str(heads)]
+@pytest.mark.parametrize("heads, query_len, level", [(16, 1, 1), (16, 3, 2), (128, 1, 2)])
+def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query_len, level, capsys):
+    options = ["--lens", "9000,300", "--parts", "8", "--heads", str(heads), "--query-len", str(query_len)]
     assert main(["plan", *options, "--batch-invariant"]) == 0
     said = capsys.readouterr().out
     metadata, _ = schedule.plan([9000, 300], 8, level)

@@ -86,6 +86,29 @@ def test_a_batch_invariant_step_is_planned_for_the_longest_query_that_there_may_
     assert planned_with == [(3 * 16, chunk_level(3 * 16))]
 
 
+def test_padding_of_a_captured_ragged_step_is_zero_however_much_a_replay_has(monkeypatch):
+    """Its graph's query tokens may be fewer than at the capture."""
+    monkeypatch.setattr(metadata.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    monkeypatch.setattr(metadata.FlashMLAMetadataBuilder, "reorder_batch_threshold", 3)
+    decode = build_decode(make_builder(monkeypatch)[0], [0, 1, 2], 2)
+    assert decode.num_query_tokens == 2
+    monkeypatch.setattr(impl, "_is_captured", lambda tensor: True)
+
+    def decode_of_a_replay(*tensors, out, lse, **options):  # of one query token
+        out[:1], lse[:, :1] = 1.0, 2.0
+
+    monkeypatch.setattr(impl, "flash_mla_decode_varlen", decode_of_a_replay)
+    new_empty = torch.Tensor.new_empty
+    poisoned = lambda *arguments, **of: new_empty(*arguments, **of).fill_(torch.nan)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    layer = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, scale=0.04)
+    step = SimpleNamespace(decode=decode, num_decodes=2)
+    q, cache = torch.randn(2, 16, 576), torch.randn(5, 64, 576)
+    out, lse = impl.FlashMLAImpl.forward_mqa(layer, q, cache, step, None)
+    assert (out[0] == 1).all() and (lse[0] == 2).all()
+    assert (out[1] == 0).all() and (lse[1] == torch.inf).all()
+
+
 def test_a_rank_of_context_parallelism_refuses_queries_whose_causal_limits_it_cannot_know(monkeypatch):
     """Known failures 4, 8: a rank has every N-th token, so lengths minus query tokens say nothing."""
     builder, _ = make_builder(monkeypatch, dcp_world_size=2)

@@ -1,10 +1,9 @@
 // Partials: the unmerged float32 results of splits, and how they lie in memory. They are sums of
-// weight * value that nothing has divided yet, with the sums of the weights beside them. (Chunks that a block
-// adds up by itself are their shares of the final sum, and have no such sums.)
+// weight * value that nothing has divided yet, with the sums of the weights beside them.
 //
 // A partial has query_len x h_q rows, ordered by KV head, query token and head. A tile's follow one another,
 // as it has whole tokens or heads of one; where they begin depends on the longest query, not on the
-// sequence's.
+// sequence's. (Those of chunks are ordered by row tile: see ChunkPartial.)
 //
 // A tile's rows are stored in octets, the last of which may be cut off, and an octet in groups of 8 columns:
 // the group's values of one row, then of the next. So a warp with many rows, whose threads hold 8 rows x 8

@@ -87,8 +87,10 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             return out, lse.transpose(1, 2).flatten(0, 1)  # (b, h_q, s_q) -> (tokens, h_q)
         used = decode.num_query_tokens
         lse = q_nope.new_empty(q_nope.shape[1], q_nope.shape[0], dtype=torch.float32)  # (h_q, tokens)
-        out[used:].zero_()  # these launch nothing where there is no padding
-        lse[:, used:].fill_(torch.inf)
+        # The graph of a captured step may be replayed with fewer query tokens, and more padding.
+        padding = 0 if _is_captured(q_nope) else used
+        out[padding:].zero_()  # these launch nothing where there is no padding
+        lse[:, padding:].fill_(torch.inf)
         flash_mla_decode_varlen(
             q_nope[:used],
             q_pe[:used],
@@ -103,3 +105,8 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             batch_invariant=decode.batch_invariant,
         )
         return out, lse.T
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether what is now done with `tensor` goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

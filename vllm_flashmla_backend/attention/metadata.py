@@ -41,7 +41,7 @@ class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
 
     tile_scheduler_metadata: torch.Tensor  # (parts, 8) int32
     num_splits: torch.Tensor  # (sequences + 1,) int32
-    query_len: int  # of every sequence, or the largest
+    query_len: int  # of every sequence, or no sequence has a longer one
     cu_seqlens_q: torch.Tensor | None  # (sequences + 1,) int32 where query lengths differ
     num_query_tokens: int  # before any padding
     batch_invariant: bool
@@ -102,11 +102,10 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         if takes_ragged and self._decodes_prompts(vllm_config):
             longest = min(LONGEST_DECODED, MOST_DECODED_ROWS // self.num_query_heads)
             self.reorder_batch_threshold = max(self.reorder_batch_threshold, longest)
-        # Of a step's longest query its neighbours must know nothing in the batch-invariant mode, so there
-        # every step is planned for the longest that there may be.
-        self.least_query_len = self.reorder_batch_threshold if envs.VLLM_BATCH_INVARIANT else 1
-        longest_rows = self.least_query_len * self.num_query_heads
-        self.chunk_level = chunk_level(longest_rows) if envs.VLLM_BATCH_INVARIANT else 0
+        self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
+        # There a sequence's neighbours must not decide what decodes it: every step is planned for the longest
+        # query that there may be.
+        self.least_query_len = self.reorder_batch_threshold if self.batch_invariant else 1
         # one query token a sequence takes the most parts: more rows need more blocks per part
         max_parts = num_parts(device, self.num_query_heads, 1)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -166,7 +165,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             num_splits = self.num_splits[: batch + 1]
         rows = max_query_len * self.num_query_heads
         tile_scheduler_metadata = self.tile_scheduler_metadata[: num_parts(self.device, rows, 1)]
-        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, self.chunk_level)
+        level = chunk_level(rows) if self.batch_invariant else 0
+        plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, level)
         return FlashMLADecodeMetadata(
             **vars(decode),
             tile_scheduler_metadata=tile_scheduler_metadata,
@@ -174,5 +174,5 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             query_len=max_query_len,
             cu_seqlens_q=cu_seqlens_q,
             num_query_tokens=num_query_tokens,
-            batch_invariant=self.chunk_level > 0,
+            batch_invariant=self.batch_invariant,
         )

@@ -233,7 +233,7 @@ def check_values(
             "tile_scheduler_metadata, num_splits",
             "a plan for other lengths" + " or the other mode" * (chunk_level > 0),
             f"one for cache_seqlens {lengths}"
-            + (", with batch_invariant=True and the same heads" if chunk_level > 0 else "")
+            + (", with batch_invariant=True and the same query tokens x heads" if chunk_level > 0 else "")
             + ": plan anew when lengths change",
         )
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 def chunk_pages(pages: int, level: int) -> int:
     """Pages of a chunk of a sequence of so many, a power of two; 1 in the default mode: cuts anywhere.
 
-    At level 1 it is about the root of the sequence's pages up to 16, then 8 up to 128, then 16.
+    At level 1 it is about the root of the sequence's pages up to 16, then 8 up to 128, then 16; at level 2
+    twice as much. `schedule.chunk_level` says which level.
     """
     if level == 0:
         return 1

@@ -47,7 +47,7 @@ __device__ inline void add_chunk(const ChunkSum::Step& step, bool is_first, Half
     float take[kRows / 4];
     spread<kRows>(step.take, take);
     rescale_output<kRows>(output, take);
-    if (__any_sync(~0u, step.keep != 1.f)) {
+    if (!is_first && __any_sync(~0u, step.keep != 1.f)) {
         float keep[kRows / 4];
         spread<kRows>(step.keep, keep);
         rescale_output<kRows>(sum, keep);

@@ -33,7 +33,7 @@ __device__ inline void rescale_output(HalfOutput<kRows>& output, const float (&r
         for (int i = 0; i < kRows / 2; ++i) output[t][i] *= rescale[i / 4 * 2 + i % 2];
 }
 
-// A query row's weights over all of a split's pages.
+// A query row's weights over all pages of a split or chunk.
 template <int kRows>
 __device__ inline WeightSum total_of(const Storage<kRows>& shared, int last_stage, int meeting, int row) {
     WeightSum total(shared.max[last_stage][row], 0.f);

@@ -24,7 +24,8 @@ struct Storage {
     alignas(8) float page_max[kConsumers][kWarps][kRows];
     alignas(8) float max[kStages][kRows];  // to which the weights of the stage's page are relative
     bool raised[kStages];                  // whether that page has raised it
-    // Of a consumer's weights, at the end of every second split: the other may still read those of the last.
+    // Of a consumer's weights, at the end of every second split or chunk: the other may still read those of
+    // the last.
     alignas(16) float sum[2][kConsumers][kRows][kWarps];
     Phases phases;
     BlockPlan plan;
