@@ -27,10 +27,10 @@ def logprobs(llm: LLM, prompts: list[str]) -> list[list[float]]:
     ]
 
 
-def chunk_levels(worker) -> list[int]:
-    """Of each builder of a worker: above 0 where it plans in chunks."""
+def plans_in_chunks(worker) -> list[bool]:
+    """Of each builder of a worker."""
     groups = [group for groups in worker.model_runner.attn_groups for group in groups]
-    return [builder.chunk_level for group in groups for builder in group.metadata_builders]
+    return [builder.batch_invariant for group in groups for builder in group.metadata_builders]
 
 
 def main() -> None:
@@ -50,8 +50,8 @@ def main() -> None:
     with engine("FLASHMLA", **options) as llm:
         together = logprobs(llm, prompts)
         alone = [logprobs(llm, [prompts[i]])[0] for i in ALONE]
-        (levels,) = llm.collective_rpc(chunk_levels)
-    print(json.dumps({"alone": alone, "together": [together[i] for i in ALONE], "levels": levels}))
+        (in_chunks,) = llm.collective_rpc(plans_in_chunks)
+    print(json.dumps({"alone": alone, "together": [together[i] for i in ALONE], "in_chunks": in_chunks}))
 
 
 if __name__ == "__main__":
