@@ -27,7 +27,12 @@ from mla_cases import (
 )
 from test_schedule import LENGTHS, PARTS
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode, flash_mla_with_kvcache, get_mla_metadata
+from vllm_flashmla_backend.flash_mla import (
+    MLAPlan,
+    flash_mla_decode,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 from vllm_flashmla_backend.flash_mla.checks import HEAD_DIM_V
 from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
 from vllm_flashmla_backend.flash_mla.planning import plan_into
@@ -234,7 +239,8 @@ def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
     inputs = make_inputs(case, torch.device("cpu"))
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     default = plan_for(case, inputs, False)
-    with pytest.raises(ValueError, match="or the other mode, expected one .* with batch_invariant=True"):
+    message = "the other mode or other .* expected one .* with batch_invariant=True"
+    with pytest.raises(ValueError, match=message):
         flash_mla_decode(*tensors, *default, SCALE, False, batch_invariant=True)
 
 
@@ -283,8 +289,9 @@ def test_a_plan_still_to_be_made_keeps_its_mode():
 
 @pytest.mark.parametrize("value", ["False", 1, None])
 def test_the_mode_is_true_or_false(value):
-    with pytest.raises(ValueError, match="batch_invariant: got .*, expected True or False"):
-        get_mla_metadata(batch_invariant=value)
+    for made_by in (get_mla_metadata, MLAPlan):
+        with pytest.raises(ValueError, match="batch_invariant: got .*, expected True or False"):
+            made_by(batch_invariant=value)
 
 
 def test_kernels_without_the_mode_refuse_it(monkeypatch):

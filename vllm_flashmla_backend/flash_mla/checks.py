@@ -231,10 +231,10 @@ def check_values(
     if not _plan_covers(pages, lengths, tile_scheduler_metadata, num_splits, chunk_level):
         fail(
             "tile_scheduler_metadata, num_splits",
-            "a plan for other lengths" + " or the other mode" * (chunk_level > 0),
+            "a plan for other lengths" + ", the other mode or other query tokens x heads" * (chunk_level > 0),
             f"one for cache_seqlens {lengths}"
-            + (", with batch_invariant=True and the same query tokens x heads" if chunk_level > 0 else "")
-            + ": plan anew when lengths change",
+            + (", with batch_invariant=True, of the call's query rows" if chunk_level > 0 else "")
+            + ": plan anew when they change",
         )
 
 

@@ -32,6 +32,7 @@ class MLAPlan:
     """
 
     def __init__(self, batch_invariant: bool = False) -> None:
+        check_bool("batch_invariant", batch_invariant)
         self.batch_invariant = batch_invariant
         self.tile_scheduler_metadata: torch.Tensor | None = None  # (parts, 8) int32
         self.num_splits: torch.Tensor | None = None  # (b + 1,) int32
