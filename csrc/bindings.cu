@@ -244,14 +244,11 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     const int max_pages = static_cast<int>(block_table.size(1)), level = static_cast<int>(chunk_level);
     const RowTiling tiling(heads, num_kv_heads, max_query_len);
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
-    // Without chunks, one part's splits are whole sequences, and others need at least a slot a part.
-    const int64_t slots = level > 0   ? parts + std::min(batch, parts - 1) * chunks_per_seq
-                          : parts > 1 ? parts
-                                      : 0;
     if (level > 0) {
+        const int64_t slots = parts + std::min(batch, parts - 1) * chunks_per_seq;
         check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles, tiling.whole_octets());
-    } else {
-        check_partials(out_partial, weight_sums, slots, max_query_len * heads);
+    } else {  // one part's splits are whole sequences, and others need at least a slot a part
+        check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, max_query_len * heads);
     }
 
     const DecodeParams params{

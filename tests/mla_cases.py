@@ -127,7 +127,7 @@ def run(
     metadata, num_splits = plan_for(case, inputs, batch_invariant)
     if parts is not None:
         metadata.zero_()[:, schedule.Field.FIRST_SEQ] = len(case.lengths)  # idle
-        level = schedule.chunk_level(case.s_q * case.h_q // case.h_kv) if batch_invariant else 0
+        level = schedule.chunk_level(case.s_q * case.h_q // case.h_kv, batch_invariant)
         planned, counted = schedule.plan(case.lengths, parts, level)
         metadata[:parts], num_splits[:] = planned, counted
     out, lse = nan_results(case, inputs.q_nope.device)

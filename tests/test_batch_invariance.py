@@ -102,7 +102,7 @@ def test_a_chunk_may_outweigh_all_before_it(case, device):
     together = run(case, inputs, batch_invariant=True)
     assert_agree(together, expected(case, inputs))
     longest = max(range(9), key=lambda seq: case.lengths[seq])
-    chunk = PAGE_SIZE * chunk_pages(num_pages(case.lengths[longest]), chunk_level(case.h_q))
+    chunk = PAGE_SIZE * chunk_pages(num_pages(case.lengths[longest]), chunk_level(case.h_q, True))
     first_chunk = replace(one_of(inputs, [longest]), cache_seqlens=inputs.cache_seqlens.new_tensor([chunk]))
     before = run(replace(case, lengths=(chunk,)), first_chunk, True)[1]  # (1, h_q, 1)
     assert (together[1][longest] - before[0]).max() > 8  # 2^kSlack is e^5.5
@@ -142,7 +142,7 @@ def test_the_default_mode_does_not_have_the_same_bits(device):
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_parts_of_an_h100_have_several_whole_sequences_of_several_chunks(case):
     """What MANY is for: a part keeps the chunks of such sequences in one place, one after the other."""
-    level, parts = chunk_level(case.h_q), num_parts(132, case.h_q, 1)
+    level, parts = chunk_level(case.h_q, True), num_parts(132, case.h_q, 1)
     here = Counter(
         split.part
         for split in splits_of(plan(case.lengths, parts, level)[0], case.lengths)
@@ -187,7 +187,7 @@ def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
     out = torch.empty_like(inputs.q_nope)
 
     def step() -> None:
-        plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q))
+        plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q, True))
         flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
 
     graph = captured(step)
@@ -231,7 +231,7 @@ def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
 
 def test_chunks_are_few_where_merging_is_dear():
     """At 8,192 tokens: 16 chunks of 8 pages with up to 32 query rows, 8 of 16 pages with more."""
-    assert [num_chunks(128, chunk_level(rows)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
+    assert [num_chunks(128, chunk_level(rows, True)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
 
 
 def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():

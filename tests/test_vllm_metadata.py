@@ -70,7 +70,7 @@ def test_a_step_is_planned_in_chunks_where_batch_invariance_is_asked_for(invaria
     monkeypatch.setattr(metadata, "plan_into", lambda *arguments: planned_with.append(arguments[3:]))
     builder, _ = make_builder(monkeypatch)
     assert build_decode(builder, [0, 1, 2], 2).batch_invariant == invariant
-    assert planned_with == [(16, chunk_level(16) if invariant else 0)]
+    assert planned_with == [(16, chunk_level(16, invariant))]
 
 
 @pytest.mark.parametrize("query_begin", [[0, 1, 2], [0, 3, 4], [0, 3, 6]])
@@ -83,7 +83,7 @@ def test_a_batch_invariant_step_is_planned_for_the_longest_query_that_there_may_
     builder, _ = make_builder(monkeypatch)
     decode = build_decode(builder, query_begin, query_begin[-1])
     assert decode.query_len == 3 and (decode.cu_seqlens_q is None) == (query_begin == [0, 3, 6])
-    assert planned_with == [(3 * 16, chunk_level(3 * 16))]
+    assert planned_with == [(3 * 16, chunk_level(3 * 16, True))]
 
 
 def test_padding_of_a_captured_ragged_step_is_zero_however_much_a_replay_has(monkeypatch):

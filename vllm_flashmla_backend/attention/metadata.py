@@ -165,7 +165,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             num_splits = self.num_splits[: batch + 1]
         rows = max_query_len * self.num_query_heads
         tile_scheduler_metadata = self.tile_scheduler_metadata[: num_parts(self.device, rows, 1)]
-        level = chunk_level(rows) if self.batch_invariant else 0
+        level = chunk_level(rows, self.batch_invariant)
         plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, level)
         return FlashMLADecodeMetadata(
             **vars(decode),

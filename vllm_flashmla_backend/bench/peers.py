@@ -56,8 +56,8 @@ class Ours:
         return True
 
     def prepare(self, inputs: Inputs) -> dict[str, Step]:
-        h_q, mode = inputs.case.h_q, {"batch_invariant": self.batch_invariant}
-        plan = get_mla_metadata(inputs.cache_seqlens, inputs.case.s_q * h_q, 1, num_heads_q=h_q, **mode)
+        mode = {"batch_invariant": self.batch_invariant}
+        plan = get_mla_metadata(inputs.cache_seqlens, inputs.case.s_q * inputs.case.h_q, 1, **mode)
         queries = (inputs.q_nope, inputs.q_pe)
         cache = (inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
         return {"": lambda: flash_mla_decode(*queries, *cache, *plan, SCALE, True, **mode)[0]}

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     rows = args.heads * args.query_len
     sms = None if args.parts else num_sms()
     num_parts = args.parts or schedule.num_parts(sms, rows, 1)
-    level = schedule.chunk_level(rows) if args.batch_invariant else 0
+    level = schedule.chunk_level(rows, args.batch_invariant)
     metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
     if args.out:

@@ -238,7 +238,7 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invari
             cache_seqlens, args.max_query_len, h_q, h_kv, batch_invariant
         )
     rows = args.max_query_len * h_q // h_kv
-    level = schedule.chunk_level(rows) if batch_invariant else 0
+    level = schedule.chunk_level(rows, batch_invariant)
     args = args._replace(tile_scheduler_metadata=metadata, chunk_level=level)
     parts = num_parts(device, rows, h_kv)
     check_plan_buffers(metadata, num_splits, parts, b, device)

@@ -115,7 +115,7 @@ def get_mla_metadata(
     parts = num_parts(cache_seqlens.device, num_q_tokens_per_head_k, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
-    level = schedule.chunk_level(num_q_tokens_per_head_k) if batch_invariant else 0
+    level = schedule.chunk_level(num_q_tokens_per_head_k, batch_invariant)
     plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, num_q_tokens_per_head_k, level)
     return tile_scheduler_metadata, num_splits
 

@@ -132,12 +132,14 @@ def row_tiles(query_len: int, num_heads: int, num_kv_heads: int) -> tuple[int, i
     return num_kv_heads * ceil_div(group, heads) * ceil_div(query_len, tokens), heads * tokens
 
 
-def chunk_level(rows_per_kv_head: int) -> int:
-    """How long chunks are in the batch-invariant mode, see `chunks`: 1 for few rows, with which storing and
-    merging one is cheap, else 2. (0 is the default mode.)
+def chunk_level(rows_per_kv_head: int, batch_invariant: bool) -> int:
+    """How long chunks are, see `chunks`: 0 in the default mode, which has none; in the batch-invariant one 1
+    for few rows, with which storing and merging one is cheap, else 2.
 
     The rows are those of the longest query that there may be, not of the longest in a batch.
     """
+    if not batch_invariant:
+        return 0
     return 1 if is_few(rows_per_kv_head) else 2
 
 
