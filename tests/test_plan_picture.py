@@ -113,8 +113,15 @@ def test_few_heads_leave_half_of_the_parts_idle_where_pages_are_few(heads, busy,
     assert f"{busy} of 132 parts busy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("heads, query_len, level", [(16, 1, 1), (16, 3, 2), (128, 1, 2)])
-def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query_len, level, capsys):
+@pytest.mark.parametrize(
+    "heads, query_len, level, chunks",
+    [
+        (16, 1, 1, "11 chunks of 4 to 16 pages"),
+        (16, 3, 2, "6 chunks of 8 to 32 pages"),
+        (128, 1, 2, "6 chunks of 8 to 32 pages"),
+    ],
+)
+def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query_len, level, chunks, capsys):
     options = ["--lens", "9000,300", "--parts", "8", "--heads", str(heads), "--query-len", str(query_len)]
     assert main(["plan", *options, "--batch-invariant"]) == 0
     said = capsys.readouterr().out
@@ -122,10 +129,12 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query
     pieces = [plan.name(split) for split in schedule.splits_of(metadata, [9000, 300])]
     assert re.findall(r"\d+\[\d+:\d+\)", said) == pieces
     cuts = [int(page) for page in re.findall(r"0\[(\d+):", said)]
+    assert chunks in said
     chunk = chunk_pages(-(-9000 // 64), level)
     assert len(cuts) > 1 and all(page % chunk == 0 for page in cuts)
     assert main(["plan", *options]) == 0
-    assert re.findall(r"\d+\[\d+:\d+\)", capsys.readouterr().out) != pieces
+    said = capsys.readouterr().out
+    assert re.findall(r"\d+\[\d+:\d+\)", said) != pieces and "chunk" not in said
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if sms:
         print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once, of {count(rows, 'query row')}")
     print(summary(work, lengths))
+    if level:
+        print(chunks(lengths, level))
     return 0
 
 
@@ -179,6 +181,18 @@ def summary(work: list[list[Split]], lengths: list[int]) -> str:
         f"{sum(pages) / max(1, busy):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; "
         f"{count(cut, 'sequence')} cut, at most into {most}"
     )
+
+
+def chunks(lengths: list[int], level: int) -> str:
+    """What the batch-invariant mode works on one by one, wherever a sequence is decoded."""
+    from ..flash_mla import schedule
+    from ..flash_mla.chunks import chunk_pages, num_chunks
+
+    pages = [schedule.num_pages(length) for length in lengths]
+    sizes = [chunk_pages(n, level) for n in pages]
+    size = f"{min(sizes)} to {max(sizes)}" if len(set(sizes)) > 1 else sizes[0]
+    total = sum(num_chunks(n, level) for n in pages)
+    return f"{count(total, 'chunk')} of {size} pages, by a sequence's length, which is cut only between them"
 
 
 def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
