@@ -190,9 +190,10 @@ def chunks(lengths: list[int], level: int) -> str:
 
     pages = [schedule.num_pages(length) for length in lengths]
     sizes = [chunk_pages(n, level) for n in pages]
-    size = f"{min(sizes)} to {max(sizes)}" if len(set(sizes)) > 1 else sizes[0]
+    least, most = min(sizes), max(sizes)
+    each = f"{least} to {most}" if least < most else most
     total = sum(num_chunks(n, level) for n in pages)
-    return f"{count(total, 'chunk')} of {size} pages, by a sequence's length, which is cut only between them"
+    return f"{count(total, 'chunk')} of {each} pages, by their sequence's length; all cuts lie between chunks"
 
 
 def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
