@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -113,17 +114,35 @@ def test_float32_scores_keep_one_overwhelming_key(device):
     assert_agree(run(case, inputs), expected(case, inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("parts", [None, 1, 3])
 @pytest.mark.parametrize("growth", [1, 6, 20])
 @pytest.mark.parametrize("h_q", [16, 32, 128])
-def test_scores_that_outgrow_those_of_every_page_before(h_q, growth, parts, batch_invariant, device):
+def test_scores_that_outgrow_those_of_every_page_before(h_q, growth, parts, batch_invariant, dtype, device):
     """By less than the softmax takes without rescaling (a factor of 2^8), by about that, by much more; in
     short splits, in whole sequences, in long splits."""
-    case = Case((9000, 500, 64), h_q=h_q)
+    case = Case((9000, 500, 64), h_q=h_q, dtype=dtype)
     inputs = make_inputs(case, device)
     add_growing_scores(inputs, growth)
     assert_agree(run(case, inputs, batch_invariant, parts), expected(case, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("h_q", [16, 32, 128])
+def test_many_keys_far_below_one_that_outweighs_them_keep_their_share(h_q, dtype, device):
+    """Of 1.3 %, each 2^18 times less than that one: relative to it a float16 would have 6 bits left."""
+    case = Case((4096,), h_q=h_q, dtype=dtype)
+    inputs = make_inputs(case, device)
+    log2_weights = torch.full((4096,), 7.8, device=device)
+    log2_weights[:64], log2_weights[64 + 7] = 0, 26  # outgrown in the second page
+    pages = inputs.block_table[0, : 4096 // PAGE_SIZE].long()
+    inputs.q_nope.zero_()
+    inputs.q_pe.zero_()[..., 0] = 1
+    scores = log2_weights * math.log(2) / SCALE
+    inputs.k_cache[pages, :, 0, 512] = scores.to(dtype).view(-1, PAGE_SIZE)
+    inputs.k_cache[pages, :, 0, :512] = (log2_weights == log2_weights[-1]).to(dtype).view(-1, PAGE_SIZE, 1)
+    assert_agree(run(case, inputs, parts=1), expected(case, inputs))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

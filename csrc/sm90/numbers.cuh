@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.cuh"
 
@@ -16,11 +17,18 @@ constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // The running maximum of an online softmax follows the true one only when that outgrows it by 2^kSlack:
-// weights stay below 2^kSlack, exact all the same, and most pages leave the output as it is. So does the sum
-// of a sequence's chunks.
+// weights are exact all the same, and most pages leave the output as it is. So does the sum of a sequence's
+// chunks.
 constexpr float kSlack = 8.f;
 
-// A row's weights are relative to exp2(max); `sum` is that of all. A row that saw no key has -inf and 0.
+// The weight of the maximum, as a power of two. In float16 a weight has all of its bits down to 2^-14 only,
+// so the greatest of them, this and the slack above, are just below its infinity: many keys far below one
+// that outweighs them keep their share.
+template <typename T>
+constexpr float kLift = std::is_same_v<T, __half> ? 7.f : 0.f;
+
+// A row's weights are relative to exp2(max), its maximum less the lift; `sum` is that of all. A row that saw
+// no key has -inf and 0.
 struct WeightSum {
     float max = -INFINITY;
     float sum = 0.f;

@@ -18,7 +18,7 @@ template <typename T, int kRows>
 __device__ inline WeightSum consume_chunk(const DecodeParams& params, Storage<kRows>& shared,
                                           const RowTile& tile, const Chunk& chunk, const Split& piece,
                                           int consumer, ConsumerState& state, HalfOutput<kRows>& output) {
-    OnlineSoftmax<kRows> softmax(params.softmax_scale);
+    OnlineSoftmax<T, kRows> softmax(params.softmax_scale);
     clear<kRows>(output);
     Split rest = piece;
     rest.page_begin = chunk.page_begin;

@@ -88,7 +88,7 @@ __device__ inline void mask_scores(const DecodeParams& params, const RowTile& ti
 template <typename T, int kRows>
 __device__ inline void score_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
                                   const Split& split, int page, int consumer, uint32_t parity,
-                                  OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& output) {
+                                  OnlineSoftmax<T, kRows>& softmax, HalfOutput<kRows>& output) {
     const int first_key = page * kPageSize, stage = consumer;
     float scores[kRows / 2];
     compute_scores<T, kRows>(shared, stage, parity, scores);
@@ -115,7 +115,7 @@ __device__ inline void score_page(const DecodeParams& params, Storage<kRows>& sh
 template <typename T, int kRows>
 __device__ inline void consume_page(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
                                     const Split& split, int page, int consumer, ConsumerState& state,
-                                    OnlineSoftmax<kRows>& softmax, HalfOutput<kRows>& output) {
+                                    OnlineSoftmax<T, kRows>& softmax, HalfOutput<kRows>& output) {
     const int stage = state.stage.slot;
     uint8_t (*v_tiles)[kTileBytes] = &shared.k[stage][consumer * kTilesHalfV];
     if (stage == consumer)
@@ -147,7 +147,7 @@ __device__ inline void consume_split(const DecodeParams& params, Storage<kRows>&
     const SplitPlace place(params, shared.plan, split);
     const bool is_joined = is_merged_here(params, shared.plan, place, consumer);
     clear<kRows>(output);
-    OnlineSoftmax<kRows> softmax(params.softmax_scale);
+    OnlineSoftmax<T, kRows> softmax(params.softmax_scale);
     if (!split.is_empty()) {
         ptx::barrier_wait(&shared.q_full, state.query_parity);
         state.query_parity ^= 1;

@@ -131,7 +131,7 @@ __device__ inline void store_rows(const DecodeParams& params, const RowTile& til
 template <typename T, int kRows>
 __device__ inline void finish_split(const DecodeParams& params, Storage<kRows>& shared, const RowTile& tile,
                                     const Split& split, const SplitPlace& place, bool is_joined, int consumer,
-                                    ConsumerState& state, const OnlineSoftmax<kRows>& softmax,
+                                    ConsumerState& state, const OnlineSoftmax<T, kRows>& softmax,
                                     HalfOutput<kRows>& output) {
     const Partial partial(params, tile, place.slot_of(place.index));
     const bool is_mine = is_joined || !place.is_partial();

@@ -33,7 +33,7 @@ __device__ inline float reduce_lanes(float value, Op op) {
     return value;
 }
 
-template <int kRows>
+template <typename T, int kRows>
 class OnlineSoftmax {
   public:
     static constexpr int kValues = kRows / 4;  // rows of a thread
@@ -51,7 +51,7 @@ class OnlineSoftmax {
     __device__ bool is_outgrown(const float (&scores)[2 * kValues]) const {
         bool outgrown = false;
 #pragma unroll
-        for (int v = 0; v < kValues; ++v) outgrown |= largest(scores, v) > max_[v] + kSlack;
+        for (int v = 0; v < kValues; ++v) outgrown |= largest(scores, v) > max_[v] + kLargest;
         return outgrown;
     }
 
@@ -76,8 +76,8 @@ class OnlineSoftmax {
                 const float2 of_warp = *reinterpret_cast<const float2*>(&page_max[w][row_of_value(v)]);
                 max = make_float2(fmaxf(max.x, of_warp.x), fmaxf(max.y, of_warp.y));
             }
-            rescale[v] = raise_to(v, max.x > max_[v] + kSlack ? max.x : max_[v]);
-            rescale[v + 1] = raise_to(v + 1, max.y > max_[v + 1] + kSlack ? max.y : max_[v + 1]);
+            rescale[v] = raise_to(v, lifted(max.x, max_[v]));
+            rescale[v + 1] = raise_to(v + 1, lifted(max.y, max_[v + 1]));
         }
     }
 
@@ -119,6 +119,13 @@ class OnlineSoftmax {
     }
 
   private:
+    static constexpr float kLargest = kLift<T> + kSlack;  // log2 of what weights stay below
+
+    // What is stored once a page with this maximum is known.
+    __device__ static float lifted(float of_page, float stored) {
+        return of_page > stored + kLargest ? of_page - kLift<T> : stored;
+    }
+
     __device__ float largest(const float (&scores)[2 * kValues], int v) const {
         return fmaxf(scores[first_score(v)], scores[first_score(v) + 2]) * scale_log2_;
     }
@@ -132,7 +139,7 @@ class OnlineSoftmax {
     }
 
     float scale_log2_;
-    float max_[kValues];  // stored maximum, in units of log2
+    float max_[kValues];  // stored maximum less the lift, in units of log2
     float sum_[kValues];  // of this thread's keys
 };
 

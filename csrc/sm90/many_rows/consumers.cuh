@@ -131,7 +131,7 @@ template <typename T>
 __device__ inline SplitEnd consume_scores_and_left(const DecodeParams& params, Storage& shared,
                                                    const RowTile& tile, const Split& split, bool ends_query,
                                                    ConsumerState& state, float (&output)[128]) {
-    OnlineSoftmax softmax(params.softmax_scale);
+    OnlineSoftmax<T> softmax(params.softmax_scale);
     float scores[32];
     uint32_t weights[16];
     int visible[2];

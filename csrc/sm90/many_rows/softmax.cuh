@@ -32,6 +32,7 @@ struct alignas(16) SplitEnd {
     __device__ float2 inverse() const { return make_float2(rows[0].inverse(), rows[1].inverse()); }
 };
 
+template <typename T>
 class OnlineSoftmax {
   public:
     __device__ explicit OnlineSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {}
@@ -42,8 +43,8 @@ class OnlineSoftmax {
         float rescale[2] = {1.f, 1.f}, max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int i = 0; i < 32; ++i) max[i / 2 % 2] = fmaxf(max[i / 2 % 2], scores[i]);
-        if (__any_sync(~0u,
-                       max[0] * scale_log2_ > max_[0] + kSlack || max[1] * scale_log2_ > max_[1] + kSlack))
+        if (__any_sync(
+                ~0u, max[0] * scale_log2_ > max_[0] + kLargest || max[1] * scale_log2_ > max_[1] + kLargest))
             raise(max, rescale);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -68,21 +69,24 @@ class OnlineSoftmax {
     }
 
   private:
+    static constexpr float kLargest = kLift<T> + kSlack;  // log2 of what weights stay below
+
     // To a page's maxima, of this thread's columns, over the quad, where these outgrow the stored ones.
     __device__ void raise(const float (&max)[2], float (&rescale)[2]) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float of_page =
                 quad_reduce(max[h], [](float a, float b) { return fmaxf(a, b); }) * scale_log2_;
-            if (of_page > max_[h] + kSlack) {
-                rescale[h] = ptx::exp2_approx(max_[h] - of_page);  // 0 at the first page: max_ is -inf
-                max_[h] = of_page;
+            if (of_page > max_[h] + kLargest) {
+                const float lifted = of_page - kLift<T>;
+                rescale[h] = ptx::exp2_approx(max_[h] - lifted);  // 0 at the first page: max_ is -inf
+                max_[h] = lifted;
             }
         }
     }
 
     float scale_log2_;
-    float max_[2] = {-INFINITY, -INFINITY};  // stored maximum, in units of log2
+    float max_[2] = {-INFINITY, -INFINITY};  // stored maximum less the lift, in units of log2
     float sum_[2] = {0.f, 0.f};              // of this thread's columns until finish()
 };
 
