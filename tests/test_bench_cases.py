@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from test_bench_report import row
@@ -62,6 +63,17 @@ def test_lengths_are_the_same_in_every_run_and_at_least_s_q():
     assert min(lengths) >= case.s_q
     assert abs(sum(lengths) / 128 / 4096 - 1) < 0.15
     assert len(set(lengths)) > 100
+
+
+def test_random_cases_are_of_all_sizes_and_for_every_kernel():
+    drawn = cases.ROWS["random"]
+    assert len(set(drawn)) == len(drawn) == 200
+    for sizes, limits in (
+        ([case.s_q * case.h_q for case in drawn], (0, 16, 32, 64, 512)),
+        ([case.b * case.s_k for case in drawn], (0, 2**12, 2**14, 2**17, 2**19)),
+    ):
+        for low, high in pairwise(limits):
+            assert sum(low < size <= high for size in sizes) >= 20, (low, high)
 
 
 def test_flops_and_bytes_are_those_of_the_formulas():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if "-soak-" not in path.name]
 
 SHOWN = {
+    "random": ([], r"also +│ +200 ", 1),
     "serve": (["--serve"], r"at or ahead of the best peer in \d+ of \d\d rows", 1),
     "tails": (["--tails"], r"1 tail: decode is not slower up to a tail of \d+", 0),
 }

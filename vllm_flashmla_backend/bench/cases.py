@@ -140,8 +140,25 @@ GOAL_US = {Case(1, 1, 8192, 16): 12.0}
 """Goals in microseconds, where a case has one of its own."""
 
 TABLE = tuple(case for name, regime in REGIMES.items() if name != ALSO for case in regime.cases)
+def _drawn(number: int) -> tuple[Case, ...]:
+    """Shapes that nobody chose: batch and context over all magnitudes, of up to half a million tokens."""
+    draw, drawn = random.Random(SEED), set()
+    while len(drawn) < number:
+        b, s_k = round(2 ** draw.uniform(0, 8)), round(2 ** draw.uniform(7, 16))
+        if b * s_k <= 2**19:
+            s_q, h_q = draw.choice((1, 1, 1, 2, 3, 4)), draw.choice((8, 16, 20, 32, 40, 64, 96, 128))
+            drawn.add(Case(b, s_q, s_k, h_q, draw.choice(("fixed", "normal"))))
+    return tuple(sorted(drawn, key=lambda case: (case.b * case.s_k, case.b)))
+
+
 QUICK = (Case(1, 1, 8192, 16), Case(32, 1, 1024, 128), Case(128, 1, 4096, 128, "normal"))
-ROWS = {"24": TABLE, "extra": REGIMES[ALSO].cases, "all": TABLE + REGIMES[ALSO].cases, "quick": QUICK}
+ROWS = {
+    "24": TABLE,
+    "extra": REGIMES[ALSO].cases,
+    "all": TABLE + REGIMES[ALSO].cases,
+    "quick": QUICK,
+    "random": _drawn(200),
+}
 """What `--rows` chooses from."""
 
 

@@ -1,4 +1,7 @@
-"""Two pictures of a results file: a roofline with every case, and the ratios to the best peer as bars."""
+"""Pictures of a results file: a roofline with every case, and the ratios to the best peer as bars.
+
+Where there are many cases, one alone: the ratios over how much is read.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from ..flash_mla.schedule import FEW_ROWS, TILE_ROWS
 from ..words import count
 from .cases import ALSO, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
+ROWS_COLOURS = {"up to 32": "#1d4e89", "33 to 64": "#e07a00", "more": "#7b2d8b"}
+"""By query tokens × heads of a sequence, which choose the kernel."""
+PEER_MARKERS = {"flashmla": "s", "fa3": "^", "flashinfer": "o", "triton": "v"}
+MOST_BARS = 60  # cases that are still read one by one
+NAMED = 5  # of many cases, how many of the slowest are
 GOAL, MUST, MISSED = "#1b7f3b", "#9bd08f", "#d1495b"
 COLUMN_GAP = 1.15  # neighbours in the roofline whose intensities differ by less are numbered together
 LABEL_DISTANCE = 1.055  # least ratio of the heights of two labels in one column of the roofline
@@ -23,9 +32,14 @@ Point = tuple[float, float, int, str]  # intensity, height, number, colour
 
 
 def draw(results: dict, path: Path) -> list[Path]:
-    """Draw both pictures of the results in `path` next to it; the paths of the PNG files."""
+    """Draw the pictures of the results in `path` next to it; the paths of the PNG files."""
+    compared = [comparison for comparison in compare(results) if comparison.ratio]
+    if len(compared) > MOST_BARS:
+        pictures = {"ratios": ratio_scatter(results, compared)}
+    else:
+        pictures = {"roofline": roofline(results), "ratios": ratio_bars(results)}
     paths = []
-    for name, picture in (("roofline", roofline(results)), ("ratios", ratio_bars(results))):
+    for name, picture in pictures.items():
         paths.append(path.with_name(f"{path.stem}-{name}.png"))
         picture.savefig(paths[-1], dpi=130)
     return paths
@@ -163,6 +177,52 @@ def ratio_bars(results: dict) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def ratio_scatter(results: dict, compared: list[Comparison]) -> Figure:
+    """Best peer's time ÷ ours over the tokens read, a point for each of `compared`; the least are named."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots()
+    for comparison in compared:
+        peer, tokens = comparison.best["peer"], comparison.ours["tokens"]
+        colour, marker = ROWS_COLOURS[_rows_of(comparison)], PEER_MARKERS[peer]
+        axes.scatter(tokens, comparison.ratio, s=26, color=colour, marker=marker, alpha=0.75, linewidth=0)
+    axes.axhline(1, color="#333333", linewidth=1.2)
+    least = sorted(compared, key=lambda comparison: comparison.ratio)[:NAMED]
+    words = [f"{comparison.ratio:.3f}  {comparison.case}" for comparison in least]
+    axes.text(0.01, 0.02, "least:\n" + "\n".join(words), transform=axes.transAxes, fontsize=8.5)
+    axes.set(xscale="log", xlabel="tokens in the cache, of all sequences")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel("time of the best peer ÷ ours (above 1: ours is faster)")
+    axes.set_ylim(bottom=least[0].ratio - 0.2)  # room for their names
+    axes.grid(True, color="#e8e8e8")
+    axes.set_axisbelow(True)
+    ahead = sum(comparison.ratio >= 1 for comparison in compared)
+    axes.set_title(
+        f"{_title('ratio to the best peer', results)}\nat or ahead of it in {ahead} of "
+        f"{count(len(compared), 'case')}; geometric mean {geometric_mean(compared):.3f}",
+        fontsize=10.5,
+    )
+    figure.legend(
+        handles=[
+            *(Patch(color=colour, label=f"{name} query rows") for name, colour in ROWS_COLOURS.items()),
+            *(
+                Line2D([], [], color="#444444", marker=marker, linestyle="", label=f"best peer {peer}")
+                for peer, marker in PEER_MARKERS.items()
+                if any(comparison.best["peer"] == peer for comparison in compared)
+            ),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    return figure
+
+
+def _rows_of(comparison: Comparison) -> str:
+    rows = comparison.case.s_q * comparison.case.h_q
+    few, tile, more = ROWS_COLOURS
+    return few if rows <= FEW_ROWS else tile if rows <= TILE_ROWS else more
 
 
 def _colour(comparison: Comparison) -> str:

@@ -35,7 +35,7 @@ SHOWING = {"plot", "plots", "markdown", "serve", "tails"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
+    which.add_argument("--rows", choices=ROWS, default="24", help="which cases; random: of all sizes (default: 24)")
     which.add_argument(
         "--case",
         type=_case,
@@ -168,8 +168,8 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
         "rows": [],
         "failures": [],
     }
-    path = unused_path(args.out, results["gpu"], results["date"])
-    chosen = args.case or ROWS[args.rows]
+    chosen, kind = (args.case, "") if args.case else (ROWS[args.rows], "-random" * (args.rows == "random"))
+    path = unused_path(args.out, results["gpu"], results["date"], kind)
     with Progress(console=Console(stderr=True)) as progress:
         for case in progress.track(chosen, description=count(len(chosen), "case")):
             rows, failures = measure.measure_case(case, loaded, timer, device())
