@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <climits>
+#include <tuple>
 
 #include "cuda_check.h"
 #include "params.h"
@@ -155,17 +156,28 @@ struct RowTiling {
     int tokens_per_tile;
     int tiles_per_token;
     int64_t num_row_tiles;  // over all KV heads
+    int64_t partial_rows;   // of all tiles
     int kernel_rows;        // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
     int query_box_tiles;    // several where a tile's rows are as many: then its columns are dense there
 
+    // As schedule.py's: as few tiles as can be; of these with the fewest rows, then the most heads.
     RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)),
-          heads_per_tile(std::min(heads_per_group, kTileRows)),
-          tokens_per_tile(static_cast<int>(std::min<int64_t>(kTileRows / heads_per_tile, max_query_len))),
-          tiles_per_token(static_cast<int>(ceil_div(heads_per_group, heads_per_tile))),
-          num_row_tiles(tiles_per_token * ceil_div(max_query_len, tokens_per_tile) * num_kv_heads),
-          kernel_rows(kernel_rows_for(max_query_len * heads_per_group)),
-          query_box_tiles(heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1) {}
+          kernel_rows(kernel_rows_for(max_query_len * heads_per_group)) {
+        std::tuple<int64_t, int, int, int> least{INT64_MAX, 0, 0, 0};
+        for (int tokens = 1; tokens <= std::min<int64_t>(kTileRows, max_query_len); ++tokens) {
+            const int tiles = static_cast<int>(ceil_div(heads_per_group, kTileRows / tokens));
+            const int most_heads = static_cast<int>(ceil_div(heads_per_group, tiles));
+            const std::tuple cost{tiles * ceil_div(max_query_len, tokens), tiles * most_heads, -most_heads,
+                                  -tokens};
+            if (cost >= least) continue;
+            least = cost;
+            heads_per_tile = most_heads, tokens_per_tile = tokens, tiles_per_token = tiles;
+        }
+        num_row_tiles = std::get<0>(least) * num_kv_heads;
+        partial_rows = num_kv_heads * max_query_len * tiles_per_token * heads_per_tile;
+        query_box_tiles = heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1;
+    }
 
     // Rows that a tile has at most, up to whole octets.
     int whole_octets() const { return (heads_per_tile * tokens_per_tile + 7) / 8 * 8; }
@@ -248,7 +260,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         const int64_t slots = parts + std::min(batch, parts - 1) * chunks_per_seq;
         check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles, tiling.whole_octets());
     } else {  // one part's splits are whole sequences, and others need at least a slot a part
-        check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, max_query_len * heads);
+        check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, tiling.partial_rows);
     }
 
     const DecodeParams params{

@@ -79,7 +79,7 @@ struct DecodeParams {
     int heads_per_group;               // h_q / h_kv
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
-    int tiles_per_token;               // where one token's heads take several tiles
+    int tiles_per_token;               // that the heads of these tokens take
     int kernel_rows;                   // query rows for which the kernel has room
     int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it

@@ -31,7 +31,8 @@ CASES = [
     *(Case((576,), h_q=h_q) for h_q in (16, 64)),  # few splits
     Case((4000,), h_q=32),
     Case((10,) * 300, h_q=16),  # one query right behind the other
-    Case((300, 70), s_q=4, h_q=48, causal=True),  # more tiles than one launch has room for
+    Case((300, 70), s_q=3, h_q=85, causal=True),  # more tiles than one launch has room for
+    Case((300, 70), s_q=4, h_q=40, causal=True),  # two tiles that have the same heads
 ]
 BATCH_INVARIANT = [
     Case((0, 1, 64, 1000, 3000), h_q=16),

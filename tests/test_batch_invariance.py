@@ -63,6 +63,7 @@ CASES = [
     Case((20_000, 300), h_q=64),
     # of the last chunk the first query token sees nothing
     *(Case((513, 1025, 8193) * 3, s_q=2, h_q=h_q, causal=True) for h_q in (16, 40)),
+    Case((513, 1025, 8193), s_q=4, h_q=40, causal=True),
     Case((700, 3000), s_q=8, h_q=128, causal=True),  # 16 tiles: few parts
     *MANY,
 ]

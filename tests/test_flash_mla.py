@@ -50,6 +50,10 @@ KV_HEADS = [
     for s_q in (1, 3)
     for h_q, h_kv in ((16, 2), (6, 3), (9, 3), (126, 3), (8, 8), (128, 8))
 ]
+HEADS_OF_SEVERAL_TOKENS = [  # in a tile; where they do not divide, the last tile has some of the one before
+    Case((*SHORT, 3000), s_q=s_q, h_q=h_q, h_kv=h_kv, causal=True)
+    for s_q, h_q, h_kv in ((2, 80, 1), (3, 85, 1), (3, 96, 1), (4, 40, 1), (4, 80, 2), (5, 24, 1))
+]
 LAYOUTS = [
     Case(SHORT, s_q=s_q, h_q=12, h_kv=h_kv, causal=True, strided=True) for s_q in (1, 4) for h_kv in (1, 3)
 ]
@@ -67,7 +71,7 @@ EXTREMES = [
     Case((300, 7), s_q=128, h_q=4, causal=True),  # more query tokens than keys
     Case((300,), s_q=300, h_q=128, causal=True),  # more tiles than a GPU has SMs
 ]
-ALL = HEADS + QUERY_LENGTHS + KV_HEADS + LAYOUTS + FLOAT16 + EXTREMES
+ALL = HEADS + QUERY_LENGTHS + KV_HEADS + HEADS_OF_SEVERAL_TOKENS + LAYOUTS + FLOAT16 + EXTREMES
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -189,7 +193,7 @@ def test_plan_made_at_the_first_call_serves_the_next(device):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("h_q", [16, 20, 128])
+@pytest.mark.parametrize("h_q", [16, 20, 40, 128])
 def test_sequences_with_different_query_lengths_agree_with_one_at_a_time(h_q, causal, device):
     """Known failure 4: drafts of different lengths in one batch, with their own causal limits."""
     query_lens = (1, 8, 0, 3, 1, 2, 8, 5)
@@ -208,9 +212,10 @@ def test_sequences_with_different_query_lengths_agree_with_one_at_a_time(h_q, ca
         assert_agree(got, want)
 
 
-def test_different_query_lengths_with_several_kv_heads(device):
+@pytest.mark.parametrize("h_q", [12, 72])
+def test_different_query_lengths_with_several_kv_heads(h_q, device):
     query_lens = (2, 0, 5)
-    case = Case((700, 64, 3), s_q=5, h_q=12, h_kv=3, causal=True)
+    case = Case((700, 64, 3), s_q=5, h_q=h_q, h_kv=3, causal=True)
     inputs = make_inputs(case, device)
     for i, (query_len, got) in enumerate(zip(query_lens, run_ragged(case, inputs, query_lens), strict=True)):
         tensors = (inputs.k_cache, inputs.block_table[i : i + 1], inputs.cache_seqlens[i : i + 1])
@@ -265,7 +270,8 @@ def test_partial_results_take_no_more_memory_than_flashmlas(b, s_q, h_q):
     parts, nothing = 132, torch.empty(0)
     out, lse = torch.empty(b, s_q, h_q, 512, device="meta"), torch.empty(b, h_q, s_q, device="meta")
     table, plan = torch.empty(b, 70, device="meta"), torch.empty(parts, 8, device="meta")
-    args = DecodeArguments(*[nothing] * 3, table, nothing, None, s_q, plan, out, lse, SCALE, False)
+    k_cache = torch.empty(1, PAGE_SIZE, 1, 576, device="meta")
+    args = DecodeArguments(nothing, nothing, k_cache, table, nothing, None, s_q, plan, out, lse, SCALE, False)
     taken = sum(partial.numel() for partial in empty_partials(args))
     assert taken <= (b + parts) * (out[0].numel() + lse[0].numel())
 

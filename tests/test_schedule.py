@@ -29,6 +29,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     is_few,
     partial_slots,
     plan,
+    row_tiling,
     splits_of,
 )
 
@@ -56,6 +57,16 @@ def taken(lengths: list[int]) -> list[int]:
 def num_splits(pages: int, length: int) -> int:
     """A sequence with so few pages that a partial result costs what it saves is not cut."""
     return 1 if pages <= PARTIAL_COST + 1 else ceil_div(pages, length)
+
+
+@pytest.mark.parametrize("query_len", [1, 2, 3, 4])
+def test_rows_are_in_as_few_tiles_as_they_fill(query_len):
+    """Known failure 9: each tile reads all of the cache, whatever the heads."""
+    for heads in range(1, 129):
+        tiling = row_tiling(query_len, heads, 1)
+        assert tiling.heads * tiling.tokens <= 64 and tiling.partial_rows <= 1.1 * heads * query_len
+        if (query_len, heads) not in ((3, 85), (3, 106)):
+            assert tiling.tiles == ceil_div(heads * query_len, 64), heads
 
 
 def least_split_length(lengths: list[int], parts: int) -> float:

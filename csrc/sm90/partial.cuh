@@ -1,9 +1,8 @@
 // Partials: the unmerged float32 results of splits, and how they lie in memory. They are sums of
 // weight * value that nothing has divided yet, with the sums of the weights beside them.
 //
-// A partial has query_len x h_q rows, ordered by KV head, query token and head. A tile's follow one another,
-// as it has whole tokens or heads of one; where they begin depends on the longest query, not on the
-// sequence's. (Those of chunks are ordered by row tile: see ChunkPartial.)
+// A partial has the rows of all tiles, one tile's behind the other's; where they begin depends on the longest
+// query, not on the sequence's. (Those of chunks have room for the longest tile each: see ChunkPartial.)
 //
 // A tile's rows are stored in octets, the last of which may be cut off, and an octet in groups of 8 columns:
 // the group's values of one row, then of the next. So a warp with many rows, whose threads hold 8 rows x 8
@@ -29,8 +28,8 @@ struct Partial {
     __device__ Partial(const DecodeParams& params, const RowTile& tile, int slot)
         : rows(tile.rows(params, params.query_len)) {
         const int token = tile.kv_head * params.query_len + tile.first_token;
-        const int head = tile.first_head - tile.kv_head * params.heads_per_group;
-        const int first = slot * params.partial_rows + token * params.heads_per_group + head;
+        const int first = slot * params.partial_rows +
+                          token * params.tiles_per_token * params.heads_per_tile + tile.tile_of_token * rows;
         out = params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // there may be gigabytes
         weight_sums = params.weight_sums + first;
     }

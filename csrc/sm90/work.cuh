@@ -28,27 +28,27 @@ struct BlockPlan : PartPlan {
 };
 
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
-// in this order. What lies past the head group or the query is padding, at the end.
+// in this order. What lies past the query is padding, at the end. Where a token's heads take several tiles
+// the last one may have some of those before it, too: both store the same.
 struct RowTile {
     int first_token;
     int first_head;  // of all heads
-    int heads_left;  // of the KV head's group, from first_head
     int kv_head;
+    int tile_of_token;  // which one of those with the same tokens
 
     __device__ RowTile(const DecodeParams& params, int tile) {
-        const int group = params.heads_per_group;
         const int tile_of_head = divide(tile, params.inverse_kv_heads);
         const int token_tile = divide(tile_of_head, params.inverse_tiles_per_token);
         kv_head = tile - tile_of_head * params.num_kv_heads;
-        const int head = (tile_of_head - token_tile * params.tiles_per_token) * params.heads_per_tile;
+        tile_of_token = tile_of_head - token_tile * params.tiles_per_token;
         first_token = token_tile * params.tokens_per_tile;
-        first_head = kv_head * group + head;
-        heads_left = group - head;
+        first_head = kv_head * params.heads_per_group + min(tile_of_token * params.heads_per_tile,
+                                                            params.heads_per_group - params.heads_per_tile);
     }
 
     // How many rows it has where a sequence has so many query tokens.
     __device__ int rows(const DecodeParams& params, int query_len) const {
-        return min(params.heads_per_tile, heads_left) * min(params.tokens_per_tile, query_len - first_token);
+        return params.heads_per_tile * min(params.tokens_per_tile, query_len - first_token);
     }
 
   private:

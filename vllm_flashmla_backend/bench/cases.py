@@ -140,6 +140,8 @@ GOAL_US = {Case(1, 1, 8192, 16): 12.0}
 """Goals in microseconds, where a case has one of its own."""
 
 TABLE = tuple(case for name, regime in REGIMES.items() if name != ALSO for case in regime.cases)
+
+
 def _drawn(number: int) -> tuple[Case, ...]:
     """Shapes that nobody chose: batch and context over all magnitudes, of up to half a million tokens."""
     draw, drawn = random.Random(SEED), set()

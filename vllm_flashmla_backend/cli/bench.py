@@ -35,7 +35,7 @@ SHOWING = {"plot", "plots", "markdown", "serve", "tails"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rows", choices=ROWS, default="24", help="which cases; random: of all sizes (default: 24)")
+    which.add_argument("--rows", choices=ROWS, default="24", help="which cases (default: 24)")
     which.add_argument(
         "--case",
         type=_case,

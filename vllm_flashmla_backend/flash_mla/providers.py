@@ -115,10 +115,10 @@ def empty_partials(args: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """
     parts, (b, max_pages) = args.tile_scheduler_metadata.shape[0], args.block_table.shape
     slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
-    rows = args.max_query_len * args.out.shape[2]
+    tiling = schedule.row_tiling(args.max_query_len, args.out.shape[2], args.k_cache.shape[2])
+    rows = tiling.partial_rows
     if args.chunk_level > 0:  # each tile of a slot by itself, in whole octets of rows
-        tiles, tile_rows = schedule.row_tiles(args.max_query_len, args.out.shape[2], args.k_cache.shape[2])
-        slots, rows = slots * tiles, schedule.ceil_div(tile_rows, 8) * 8
+        slots, rows = slots * tiling.tiles, schedule.ceil_div(tiling.heads * tiling.tokens, 8) * 8
     return args.lse.new_empty(slots, rows, args.out.shape[3]), args.lse.new_empty(slots, rows, 2)
 
 

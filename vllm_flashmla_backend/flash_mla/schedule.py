@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -110,8 +111,8 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     num_kv_heads : KV heads, `h_kv`.
 
     Every part is run by `h_kv * ceil(rows / 64)` thread blocks, one for each KV head and
-    tile of 64 rows. Where whole query tokens do not fill the tiles (say 4 of 48 heads) there are more:
-    what does not fit the machine at once is launched after.
+    tile of 64 rows. Rarely there are more (`row_tiling`, say for 3 tokens of 85 heads): what does not fit
+    the machine at once is launched after.
     """
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
@@ -121,15 +122,27 @@ def is_few(rows_per_kv_head: int) -> bool:
     return rows_per_kv_head <= FEW_ROWS
 
 
-def row_tiles(query_len: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
-    """Tiles that the query rows of all KV heads are cut into, and how many rows one has at most.
+class RowTiling(NamedTuple):
+    """How the query rows of a sequence are cut into tiles, of `heads` heads of `tokens` query tokens each."""
 
-    A tile has whole query tokens, or heads of one.
-    """
+    tiles: int  # of all KV heads
+    partial_rows: int  # of all of them; where heads do not fill tiles, more than there are
+    heads: int
+    tokens: int
+
+
+def row_tiling(query_len: int, num_heads: int, num_kv_heads: int) -> RowTiling:
+    """As few tiles as can be, for each has to read the cache; of these with the fewest rows, then the most
+    heads, then the most tokens."""
     group = num_heads // num_kv_heads
-    heads = min(group, TILE_ROWS)
-    tokens = min(TILE_ROWS // heads, query_len)
-    return num_kv_heads * ceil_div(group, heads) * ceil_div(query_len, tokens), heads * tokens
+
+    def of(tokens: int) -> RowTiling:
+        of_token = ceil_div(group, TILE_ROWS // tokens)  # tiles that the heads of these tokens take
+        heads, of_all = ceil_div(group, of_token), num_kv_heads * of_token
+        return RowTiling(of_all * ceil_div(query_len, tokens), of_all * heads * query_len, heads, tokens)
+
+    tilings = map(of, range(1, min(TILE_ROWS, query_len) + 1))
+    return min(tilings, key=lambda it: (it.tiles, it.partial_rows, -it.heads, -it.tokens))
 
 
 def chunk_level(rows_per_kv_head: int, batch_invariant: bool) -> int:
