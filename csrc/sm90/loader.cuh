@@ -8,9 +8,8 @@
 
 namespace mla {
 
-// A part that reads little: of up to so many sequences, up to so many pages of each.
-constexpr int kLittleSeqs = 2;
-constexpr int kLittlePages = 32;
+// A call that reads little: up to so many pages, 295 MB.
+constexpr int kLittlePages = 4000;
 
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
 // its own, `q_full`, or under those of its first page.
@@ -84,11 +83,13 @@ class Loader {
         }
     }
 
-    // Whether the part reads so little, and so all parts do, that making room for it in the L2 would count:
-    // what others left there may have to be written to memory first. The limits are measured, see NOTES.md.
+    // Whether the call reads so little, by what this part does, that making room for it in the L2 would
+    // count: what others left there may have to be written to memory first. The limit is measured, see
+    // NOTES.md. Sequences up to the part's last one are taken to be as long as this one.
     __device__ bool is_read_little(const Split& split) const {
-        return plan_.last_seq - plan_.first_seq < kLittleSeqs &&
-               split.page_end - split.page_begin <= kLittlePages;
+        const unsigned pages = split.page_end - split.page_begin, seqs = plan_.last_seq - split.seq;
+        const unsigned left = seqs == 0 ? pages : seqs * pages + plan_.last_page_end;
+        return params_.num_parts * (pages_asked_for_ + left) <= kLittlePages;
     }
 
     // Whether half of the SMs are. Then memory has time to bring a page to the L2 while its place is in use;
