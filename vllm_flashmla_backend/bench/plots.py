@@ -194,7 +194,7 @@ def ratio_scatter(results: dict, compared: list[Comparison]) -> Figure:
     axes.set(xscale="log", xlabel="tokens in the cache, of all sequences")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("time of the best peer ÷ ours (above 1: ours is faster)")
-    axes.set_ylim(bottom=least[0].ratio - 0.2)  # room for their names
+    axes.set_ylim(bottom=min(least[0].ratio, 1) - 0.25)  # room for their names
     axes.grid(True, color="#e8e8e8")
     axes.set_axisbelow(True)
     ahead = sum(comparison.ratio >= 1 for comparison in compared)
