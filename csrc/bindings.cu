@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <climits>
-#include <tuple>
 
 #include "cuda_check.h"
 #include "params.h"
@@ -149,55 +148,28 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
     }
 }
 
-// How the query rows of a KV head are cut into tiles.
-struct RowTiling {
-    int heads_per_group;
-    int heads_per_tile;
-    int tokens_per_tile;
-    int tiles_per_token;
-    int64_t num_row_tiles;  // over all KV heads
-    int64_t partial_rows;   // of all tiles
-    int kernel_rows;        // for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows
-    int query_box_tiles;    // several where a tile's rows are as many: then its columns are dense there
+// Query rows for which the kernel that decodes has room: 16 and 32 few_rows, 64 many_rows. By shapes alone: a
+// captured graph is replayed with other lengths.
+int kernel_rows_for(int64_t rows) {
+    if (rows > kFewRows) return kTileRows;
+    return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
+}
 
-    // As schedule.py's: as few tiles as can be; of these with the fewest rows, then the most heads.
-    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
-        : heads_per_group(static_cast<int>(heads / num_kv_heads)),
-          kernel_rows(kernel_rows_for(max_query_len * heads_per_group)) {
-        std::tuple<int64_t, int, int, int> least{INT64_MAX, 0, 0, 0};
-        for (int tokens = 1; tokens <= std::min<int64_t>(kTileRows, max_query_len); ++tokens) {
-            const int tiles = static_cast<int>(ceil_div(heads_per_group, kTileRows / tokens));
-            const int most_heads = static_cast<int>(ceil_div(heads_per_group, tiles));
-            const std::tuple cost{tiles * ceil_div(max_query_len, tokens), tiles * most_heads, -most_heads,
-                                  -tokens};
-            if (cost >= least) continue;
-            least = cost;
-            heads_per_tile = most_heads, tokens_per_tile = tokens, tiles_per_token = tiles;
-        }
-        num_row_tiles = std::get<0>(least) * num_kv_heads;
-        partial_rows = num_kv_heads * max_query_len * tiles_per_token * heads_per_tile;
-        query_box_tiles = heads_per_tile * tokens_per_tile == kernel_rows ? kTilesHalfV : 1;
-    }
+// Of the query's tiles, several where its rows are as many as the kernel has: then its columns are dense
+// there.
+int query_box_tiles(const RowTiling& tiling, int kernel_rows) {
+    return tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1;
+}
 
-    // Rows that a tile has at most, up to whole octets.
-    int whole_octets() const { return (heads_per_tile * tokens_per_tile + 7) / 8 * 8; }
-
-  private:
-    // By shapes alone: a captured graph is replayed with other lengths.
-    static int kernel_rows_for(int64_t rows) {
-        if (rows > kFewRows) return kTileRows;
-        return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
-    }
-};
-
-DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling) {
+DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling,
+                     int kernel_rows) {
     const std::array<int, 3> q_dims{2, 1, 0}, k_dims{1, 2, 0};
     const int heads = tiling.heads_per_tile, tokens = tiling.tokens_per_tile;
-    return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, tiling.query_box_tiles}),
-            .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
-            .k_latent =
-                make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(tiling.kernel_rows)}),
-            .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
+    return {
+        .q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, query_box_tiles(tiling, kernel_rows)}),
+        .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
+        .k_latent = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(kernel_rows)}),
+        .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
 }
 
 void check_decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
@@ -255,10 +227,12 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
     const int64_t parts = tile_scheduler_metadata.size(0);
     const int max_pages = static_cast<int>(block_table.size(1)), level = static_cast<int>(chunk_level);
     const RowTiling tiling(heads, num_kv_heads, max_query_len);
+    const int kernel_rows = kernel_rows_for(max_query_len * tiling.heads_per_group);
     const int chunks_per_seq = level > 0 ? most_chunks(max_pages, level) : 0;
     if (level > 0) {
         const int64_t slots = parts + std::min(batch, parts - 1) * chunks_per_seq;
-        check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles, tiling.whole_octets());
+        check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles,
+                       (tiling.rows_per_tile() + 7) / 8 * 8);
     } else {  // one part's splits are whole sequences, and others need at least a slot a part
         check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, tiling.partial_rows);
     }
@@ -289,8 +263,8 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .heads_per_tile = tiling.heads_per_tile,
         .tokens_per_tile = tiling.tokens_per_tile,
         .tiles_per_token = tiling.tiles_per_token,
-        .kernel_rows = tiling.kernel_rows,
-        .query_box_tiles = tiling.query_box_tiles,
+        .kernel_rows = kernel_rows,
+        .query_box_tiles = query_box_tiles(tiling, kernel_rows),
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
         .inverse_tiles_per_token = static_cast<uint32_t>(ceil_div(1ll << 31, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint32_t>(ceil_div(1ll << 31, num_kv_heads)),
@@ -300,7 +274,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
         .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
-    launch_decode(params, make_maps(q_nope, q_pe, k_cache, tiling), current_stream(q_nope));
+    launch_decode(params, make_maps(q_nope, q_pe, k_cache, tiling, kernel_rows), current_stream(q_nope));
 }
 
 }  // namespace

@@ -8,10 +8,11 @@
 #include <bit>
 #include <cstdint>
 
+#include "row_tiling.h"
+
 namespace mla {
 
 constexpr int kPageSize = 64;     // tokens in a page of the KV cache
-constexpr int kTileRows = 64;     // query rows a thread block works on, at most
 constexpr int kHeadDim = 576;     // of q and k: 512 latent + 64 rope
 constexpr int kHeadDimV = 512;    // of v and out: the latent part of k
 constexpr int kTileColumns = 64;  // of q and of the cache, that are multiplied, and fetched, as one

@@ -43,7 +43,7 @@ from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, PARTI
 
 SHORT = (0, 1, 2, 5, 64, 67, 200)
 
-HEADS = [Case(MIXED, h_q=h_q) for h_q in (1, 3, 6, 8, 9, 12, 16, 20, 32, 40, 63, 64, 96, 126, 128)]
+HEADS = [Case(MIXED, h_q=h_q) for h_q in (1, 3, 6, 8, 9, 12, 16, 20, 32, 40, 63, 64, 67, 96, 126, 128)]
 QUERY_LENGTHS = [Case(SHORT, s_q=s_q, causal=causal) for s_q in range(1, 9) for causal in (False, True)]
 KV_HEADS = [
     Case(SHORT, s_q=s_q, h_q=h_q, h_kv=h_kv, causal=True)
@@ -264,16 +264,19 @@ def test_splits_are_merged_whether_or_not_the_last_ones_part_goes_on(case, h_q, 
     assert_agree(run(case, inputs, parts=parts), expected(case, inputs))
 
 
-@pytest.mark.parametrize("b, s_q, h_q", [(1, 1, 128), (128, 1, 20), (300, 4, 20), (2, 3, 5)])
-def test_partial_results_take_no_more_memory_than_flashmlas(b, s_q, h_q):
-    """Which has room for as many as there are sequences and parts."""
+@pytest.mark.parametrize(
+    "b, s_q, h_q, share", [(1, 1, 128, 1), (128, 1, 20, 1), (300, 4, 20, 1), (2, 3, 5, 1), (30, 4, 40, 1.05)]
+)
+def test_partial_results_take_no_more_memory_than_flashmlas(b, s_q, h_q, share):
+    """Which has room for as many as there are sequences and parts. Heads that two tiles have take a little
+    more."""
     parts, nothing = 132, torch.empty(0)
     out, lse = torch.empty(b, s_q, h_q, 512, device="meta"), torch.empty(b, h_q, s_q, device="meta")
     table, plan = torch.empty(b, 70, device="meta"), torch.empty(parts, 8, device="meta")
     k_cache = torch.empty(1, PAGE_SIZE, 1, 576, device="meta")
     args = DecodeArguments(nothing, nothing, k_cache, table, nothing, None, s_q, plan, out, lse, SCALE, False)
     taken = sum(partial.numel() for partial in empty_partials(args))
-    assert taken <= (b + parts) * (out[0].numel() + lse[0].numel())
+    assert taken <= share * (b + parts) * (out[0].numel() + lse[0].numel())
 
 
 def benchmark_cases(on_gpu: bool, quick: bool) -> list[Case]:

@@ -39,8 +39,8 @@ void launch_decode(const DecodeParams& params, const DecodeMaps& maps, cudaStrea
     int device, sms;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    // Blocks that wait for each other run at the same time, one on an SM. Rows whose padding takes more tiles
-    // than the plan reckoned with are left to further launches.
+    // Blocks that wait for each other run at the same time, one on an SM. Where rows take more tiles than
+    // the plan reckoned with, these are left to further launches.
     const int tiles_at_once = params.num_parts == 1
                                   ? params.num_row_tiles
                                   : std::max(1, std::min(sms, kMaxBlocks) / params.num_parts);

@@ -8,7 +8,7 @@
 
 namespace mla {
 
-// A call that reads little: up to so many pages, 295 MB.
+// A call that reads little: up to so many pages of each KV head, 295 MB.
 constexpr int kLittlePages = 4000;
 
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of

@@ -29,7 +29,8 @@ struct BlockPlan : PartPlan {
 
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
 // in this order. What lies past the query is padding, at the end. Where a token's heads take several tiles
-// the last one may have some of those before it, too: both store the same.
+// the last one may have some of those before it, too: both store them, equal but for the order in which
+// merge_deep adds.
 struct RowTile {
     int first_token;
     int first_head;  // of all heads

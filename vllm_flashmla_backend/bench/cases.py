@@ -1,4 +1,4 @@
-"""What is measured: the 24 rows that targets are set for, by regime, and a few more."""
+"""What is measured: the 24 rows that targets are set for, by regime, a few more, and random ones."""
 
 from __future__ import annotations
 

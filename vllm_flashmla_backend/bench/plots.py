@@ -33,9 +33,8 @@ Point = tuple[float, float, int, str]  # intensity, height, number, colour
 
 def draw(results: dict, path: Path) -> list[Path]:
     """Draw the pictures of the results in `path` next to it; the paths of the PNG files."""
-    compared = [comparison for comparison in compare(results) if comparison.ratio]
-    if len(compared) > MOST_BARS:
-        pictures = {"ratios": ratio_scatter(results, compared)}
+    if len(compare(results)) > MOST_BARS:
+        pictures = {"ratios": ratio_scatter(results)}
     else:
         pictures = {"roofline": roofline(results), "ratios": ratio_bars(results)}
     paths = []
@@ -179,8 +178,10 @@ def ratio_bars(results: dict) -> Figure:
     return figure
 
 
-def ratio_scatter(results: dict, compared: list[Comparison]) -> Figure:
-    """Best peer's time ÷ ours over the tokens read, a point for each of `compared`; the least are named."""
+def ratio_scatter(results: dict) -> Figure:
+    """Best peer's time ÷ ours over the tokens read, a point a case; the least are named."""
+    comparisons = compare(results)
+    compared = [comparison for comparison in comparisons if comparison.ratio]
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots()
     for comparison in compared:
@@ -194,15 +195,10 @@ def ratio_scatter(results: dict, compared: list[Comparison]) -> Figure:
     axes.set(xscale="log", xlabel="tokens in the cache, of all sequences")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("time of the best peer ÷ ours (above 1: ours is faster)")
-    axes.set_ylim(bottom=min(least[0].ratio, 1) - 0.25)  # room for their names
+    axes.set_ylim(bottom=min([1.0] + [comparison.ratio for comparison in least]) - 0.25)  # room for names
     axes.grid(True, color="#e8e8e8")
     axes.set_axisbelow(True)
-    ahead = sum(comparison.ratio >= 1 for comparison in compared)
-    axes.set_title(
-        f"{_title('ratio to the best peer', results)}\nat or ahead of it in {ahead} of "
-        f"{count(len(compared), 'case')}; geometric mean {geometric_mean(compared):.3f}",
-        fontsize=10.5,
-    )
+    axes.set_title(f"{_title('ratio to the best peer', results)}\n{_ahead(comparisons)}", fontsize=10.5)
     figure.legend(
         handles=[
             *(Patch(color=colour, label=f"{name} query rows") for name, colour in ROWS_COLOURS.items()),
@@ -217,6 +213,17 @@ def ratio_scatter(results: dict, compared: list[Comparison]) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def _ahead(comparisons: list[Comparison]) -> str:
+    """In how many cases; those that ours or all peers got wrong, or did not run, count as behind."""
+    ahead = sum((comparison.ratio or 0) >= 1 for comparison in comparisons)
+    words = f"at or ahead of it in {ahead} of {count(len(comparisons), 'case')}"
+    if (mean := geometric_mean(comparisons)) is None:
+        return f"{words}; nothing to compare with"
+    without = sum(comparison.ratio is None for comparison in comparisons)
+    left_out = f", {count(without, 'case')} without a comparison left out" if without else ""
+    return f"{words}; geometric mean {mean:.3f}{left_out}"
 
 
 def _rows_of(comparison: Comparison) -> str:

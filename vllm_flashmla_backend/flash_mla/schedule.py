@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -111,8 +112,8 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
     num_kv_heads : KV heads, `h_kv`.
 
     Every part is run by `h_kv * ceil(rows / 64)` thread blocks, one for each KV head and
-    tile of 64 rows. Rarely there are more (`row_tiling`, say for 3 tokens of 85 heads): what does not fit
-    the machine at once is launched after.
+    tile of 64 rows. At times there are more (`row_tiling`; with up to 4 tokens of up to 128 heads only for 3
+    of 85 and of 106, with 5 and more often): what does not fit the machine at once is launched after.
     """
     return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
 
@@ -123,26 +124,32 @@ def is_few(rows_per_kv_head: int) -> bool:
 
 
 class RowTiling(NamedTuple):
-    """How the query rows of a sequence are cut into tiles, of `heads` heads of `tokens` query tokens each."""
+    """How the query rows of a sequence are cut into tiles, of some heads of some query tokens each."""
 
-    tiles: int  # of all KV heads
-    partial_rows: int  # of all of them; where heads do not fill tiles, more than there are
-    heads: int
-    tokens: int
+    heads_per_tile: int
+    tokens_per_tile: int
+    tiles_per_token: int  # that the heads of a tile's tokens take
+    num_row_tiles: int  # of all KV heads
+    partial_rows: int  # of all tiles; where heads do not fill them, more than there are
 
 
+@cache
 def row_tiling(query_len: int, num_heads: int, num_kv_heads: int) -> RowTiling:
     """As few tiles as can be, for each has to read the cache; of these with the fewest rows, then the most
-    heads, then the most tokens."""
+    heads, then the most tokens. `csrc/row_tiling.h` computes the same."""
     group = num_heads // num_kv_heads
 
     def of(tokens: int) -> RowTiling:
-        of_token = ceil_div(group, TILE_ROWS // tokens)  # tiles that the heads of these tokens take
+        of_token = ceil_div(group, TILE_ROWS // tokens)
         heads, of_all = ceil_div(group, of_token), num_kv_heads * of_token
-        return RowTiling(of_all * ceil_div(query_len, tokens), of_all * heads * query_len, heads, tokens)
+        return RowTiling(
+            heads, tokens, of_token, of_all * ceil_div(query_len, tokens), of_all * heads * query_len
+        )
 
     tilings = map(of, range(1, min(TILE_ROWS, query_len) + 1))
-    return min(tilings, key=lambda it: (it.tiles, it.partial_rows, -it.heads, -it.tokens))
+    return min(
+        tilings, key=lambda it: (it.num_row_tiles, it.partial_rows, -it.heads_per_tile, -it.tokens_per_tile)
+    )
 
 
 def chunk_level(rows_per_kv_head: int, batch_invariant: bool) -> int:

@@ -1,0 +1,44 @@
+// How the query rows of a sequence are cut into the tiles that thread blocks work on: what schedule.py's
+// row_tiling specifies. Host code without CUDA, so that a test can hold both together.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+namespace mla {
+
+constexpr int kTileRows = 64;  // query rows a thread block works on, at most
+
+struct RowTiling {
+    int heads_per_group;  // h_q / h_kv
+    int heads_per_tile = 0;
+    int tokens_per_tile = 0;
+    int tiles_per_token = 0;   // that the heads of a tile's tokens take
+    int64_t num_row_tiles;     // over all KV heads
+    int64_t partial_rows = 0;  // of all tiles; where heads do not fill them, more than there are
+
+    // As few tiles as can be; of these with the fewest rows, then the most heads, then the most tokens.
+    RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
+        : heads_per_group(static_cast<int>(heads / num_kv_heads)) {
+        std::tuple<int64_t, int, int, int> least{INT64_MAX, 0, 0, 0};
+        for (int tokens = 1; tokens <= std::min<int64_t>(kTileRows, max_query_len); ++tokens) {
+            const int of_token = static_cast<int>(ceil_div(heads_per_group, kTileRows / tokens));
+            const int of_heads = static_cast<int>(ceil_div(heads_per_group, of_token));
+            const std::tuple cost{of_token * ceil_div(max_query_len, tokens), of_token * of_heads, -of_heads,
+                                  -tokens};
+            if (cost >= least) continue;
+            least = cost;
+            heads_per_tile = of_heads, tokens_per_tile = tokens, tiles_per_token = of_token;
+        }
+        num_row_tiles = std::get<0>(least) * num_kv_heads;
+        partial_rows = num_kv_heads * max_query_len * tiles_per_token * heads_per_tile;
+    }
+
+    int rows_per_tile() const { return heads_per_tile * tokens_per_tile; }
+
+  private:
+    static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+}  // namespace mla
