@@ -160,3 +160,4 @@ install_package() {
 .venv/bin/python -c '' 2> /dev/null || make_venv
 install_vllm
 install_package
+echo "setup: .venv is ready"

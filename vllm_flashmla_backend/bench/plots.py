@@ -201,7 +201,7 @@ def ratio_scatter(results: dict) -> Figure:
     axes.set_title(f"{_title('ratio to the best peer', results)}\n{_ahead(comparisons)}", fontsize=10.5)
     figure.legend(
         handles=[
-            *(Patch(color=colour, label=f"{name} query rows") for name, colour in ROWS_COLOURS.items()),
+            *(Patch(color=it, label=f"{rows} query tokens × heads") for rows, it in ROWS_COLOURS.items()),
             *(
                 Line2D([], [], color="#444444", marker=marker, linestyle="", label=f"best peer {peer}")
                 for peer, marker in PEER_MARKERS.items()
@@ -254,4 +254,5 @@ def _has(comparisons: list[Comparison], regime: str) -> bool:
 
 
 def _title(name: str, results: dict) -> str:
-    return f"MLA decode, {name}: {results.get('gpu')}, {results.get('date', '')}".rstrip(", ")
+    known = [str(results[key]) for key in ("gpu", "date", "commit") if results.get(key)]
+    return f"MLA decode, {name}: {', '.join(known)}"

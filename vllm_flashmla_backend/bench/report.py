@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -292,7 +293,11 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
         if (row := comparison.rows.get(OURS)) and (theirs := comparison.rows.get("flashmla")):
             excess = row["workspace_bytes"] - theirs["workspace_bytes"]
             if excess > 0:
-                yield Text(f"{comparison.case}: {excess:,} bytes more workspace than flashmla", style="red")
+                words = f"{excess:,} bytes of workspace above flashmla's, which is the most that is asked for"
+                yield Text(f"{comparison.case}: {words}", style="red")
+    wrong = Counter(row["peer"] for row in results["rows"] if not row["right"])
+    for peer, cases in wrong.items():
+        yield Text(f"{peer}: wrong in {count(cases, 'case')}, where it is no best peer", style="yellow")
     for peer, reason in results.get("missing", {}).items():
         yield Text(f"{peer} was not measured: {reason}", style="yellow")
     for failure in results.get("failures", ()):
