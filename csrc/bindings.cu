@@ -120,10 +120,6 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
     return map;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits, int64_t chunk_level,
           bool few_rows) {
     const int64_t batch = seq_lens.numel();
@@ -155,21 +151,14 @@ int kernel_rows_for(int64_t rows) {
     return rows > kFewRows / 2 ? kFewRows : kFewRows / 2;
 }
 
-// Of the query's tiles, several where its rows are as many as the kernel has: then its columns are dense
-// there.
-int query_box_tiles(const RowTiling& tiling, int kernel_rows) {
-    return tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1;
-}
-
-DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const RowTiling& tiling,
-                     int kernel_rows) {
+DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const DecodeParams& params) {
     const std::array<int, 3> q_dims{2, 1, 0}, k_dims{1, 2, 0};
-    const int heads = tiling.heads_per_tile, tokens = tiling.tokens_per_tile;
-    return {
-        .q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, query_box_tiles(tiling, kernel_rows)}),
-        .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
-        .k_latent = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(kernel_rows)}),
-        .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
+    const int heads = params.heads_per_tile, tokens = params.tokens_per_tile;
+    return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, params.query_box_tiles}),
+            .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
+            .k_latent =
+                make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(params.kernel_rows)}),
+            .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
 }
 
 void check_decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView block_table,
@@ -264,7 +253,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .tokens_per_tile = tiling.tokens_per_tile,
         .tiles_per_token = tiling.tiles_per_token,
         .kernel_rows = kernel_rows,
-        .query_box_tiles = query_box_tiles(tiling, kernel_rows),
+        .query_box_tiles = tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1,
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
         .inverse_tiles_per_token = static_cast<uint32_t>(ceil_div(1ll << 31, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint32_t>(ceil_div(1ll << 31, num_kv_heads)),
@@ -274,7 +263,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .causal = causal,
         .softmax_scale = static_cast<float>(softmax_scale),
         .dtype = q_nope.dtype().code == kDLBfloat ? DType::kBFloat16 : DType::kHalf};
-    launch_decode(params, make_maps(q_nope, q_pe, k_cache, tiling, kernel_rows), current_stream(q_nope));
+    launch_decode(params, make_maps(q_nope, q_pe, k_cache, params), current_stream(q_nope));
 }
 
 }  // namespace

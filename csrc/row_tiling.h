@@ -1,5 +1,5 @@
-// How the query rows of a sequence are cut into the tiles that thread blocks work on: what schedule.py's
-// row_tiling specifies. Host code without CUDA, so that a test can hold both together.
+// How the query rows of a sequence are cut into the tiles that thread blocks work on: what row_tiling.py
+// specifies. Host code without CUDA, so that a test can hold both together.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,10 @@
 namespace mla {
 
 constexpr int kTileRows = 64;  // query rows a thread block works on, at most
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 struct RowTiling {
     int heads_per_group;  // h_q / h_kv
@@ -36,9 +40,6 @@ struct RowTiling {
     }
 
     int rows_per_tile() const { return heads_per_tile * tokens_per_tile; }
-
-  private:
-    static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
 }  // namespace mla

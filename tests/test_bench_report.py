@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_flashmla_backend.bench import cases, measure, report
+from vllm_flashmla_backend.bench import cases, measure, plots, report
 from vllm_flashmla_backend.bench.cases import ALSO, REGIMES, TABLE, Case
 from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.flash_mla.schedule import FEW_ROWS, TILE_ROWS
 
 FILE_KEYS = {"gpu", "driver", "torch", "vllm", "flashinfer", "commit", "ceilings", "rows"}
 ROW_KEYS = {"b", "s_q", "s_k", "h_q", "dtype", "varlen", "peer", "us", "tflops", "gbps", "rel_err"}
@@ -102,6 +103,10 @@ def test_file_and_rows_have_their_keys(tmp_path):
     assert read == made
     assert read.keys() >= FILE_KEYS
     assert all(each.keys() >= ROW_KEYS | {"sm_mhz", "regime", "workspace_bytes"} for each in read["rows"])
+
+
+def test_colours_of_many_cases_part_them_where_kernels_do():
+    assert [most for _, most, _ in plots.ROWS_COLOURS] == [FEW_ROWS, TILE_ROWS, float("inf")]
 
 
 def test_pictures_show_every_case(tmp_path, capsys):

@@ -27,6 +27,10 @@ constexpr float kSlack = 8.f;
 template <typename T>
 constexpr float kLift = std::is_same_v<T, __half> ? 7.f : 0.f;
 
+// What weights stay below, likewise.
+template <typename T>
+constexpr float kLargest = kLift<T> + kSlack;
+
 // A row's weights are relative to exp2(max), its maximum less the lift; `sum` is that of all. A row that saw
 // no key has -inf and 0.
 struct WeightSum {

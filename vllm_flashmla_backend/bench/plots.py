@@ -5,6 +5,7 @@ Where there are many cases, one alone: the ratios over how much is read.
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,14 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..flash_mla.schedule import FEW_ROWS, TILE_ROWS
 from ..words import count
 from .cases import ALSO, REGIMES
 from .report import OURS, Comparison, compare, geometric_mean
 
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
-ROWS_COLOURS = {"up to 32": "#1d4e89", "33 to 64": "#e07a00", "more": "#7b2d8b"}
-"""By query tokens × heads of a sequence, which choose the kernel."""
+ROWS_COLOURS = (("up to 32", 32, "#1d4e89"), ("33 to 64", 64, "#e07a00"), ("more", inf, "#7b2d8b"))
+"""By query tokens × heads of a sequence, which choose the kernel: in words, the most, colour. The numbers
+are `schedule`'s FEW_ROWS and TILE_ROWS, not imported, for it loads torch, which takes longer than drawing."""
 PEER_MARKERS = {"flashmla": "s", "fa3": "^", "flashinfer": "o", "triton": "v"}
 MOST_BARS = 60  # cases that are still read one by one
 NAMED = 5  # of many cases, how many of the slowest are
@@ -186,8 +187,10 @@ def ratio_scatter(results: dict) -> Figure:
     axes = figure.subplots()
     for comparison in compared:
         peer, tokens = comparison.best["peer"], comparison.ours["tokens"]
-        colour, marker = ROWS_COLOURS[_rows_of(comparison)], PEER_MARKERS[peer]
-        axes.scatter(tokens, comparison.ratio, s=26, color=colour, marker=marker, alpha=0.75, linewidth=0)
+        rows = comparison.case.s_q * comparison.case.h_q
+        colour = next(colour for _, most, colour in ROWS_COLOURS if rows <= most)
+        style = {"color": colour, "marker": PEER_MARKERS[peer]}
+        axes.scatter(tokens, comparison.ratio, s=26, alpha=0.75, linewidth=0, **style)
     axes.axhline(1, color="#333333", linewidth=1.2)
     least = sorted(compared, key=lambda comparison: comparison.ratio)[:NAMED]
     words = [f"{comparison.ratio:.3f}  {comparison.case}" for comparison in least]
@@ -201,7 +204,7 @@ def ratio_scatter(results: dict) -> Figure:
     axes.set_title(f"{_title('ratio to the best peer', results)}\n{_ahead(comparisons)}", fontsize=10.5)
     figure.legend(
         handles=[
-            *(Patch(color=it, label=f"{rows} query tokens × heads") for rows, it in ROWS_COLOURS.items()),
+            *(Patch(color=colour, label=f"{rows} query tokens × heads") for rows, _, colour in ROWS_COLOURS),
             *(
                 Line2D([], [], color="#444444", marker=marker, linestyle="", label=f"best peer {peer}")
                 for peer, marker in PEER_MARKERS.items()
@@ -224,12 +227,6 @@ def _ahead(comparisons: list[Comparison]) -> str:
     without = sum(comparison.ratio is None for comparison in comparisons)
     left_out = f", {count(without, 'case')} without a comparison left out" if without else ""
     return f"{words}; geometric mean {mean:.3f}{left_out}"
-
-
-def _rows_of(comparison: Comparison) -> str:
-    rows = comparison.case.s_q * comparison.case.h_q
-    few, tile, more = ROWS_COLOURS
-    return few if rows <= FEW_ROWS else tile if rows <= TILE_ROWS else more
 
 
 def _colour(comparison: Comparison) -> str:

@@ -297,7 +297,7 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
                 yield Text(f"{comparison.case}: {words}", style="red")
     wrong = Counter(row["peer"] for row in results["rows"] if not row["right"])
     for peer, cases in wrong.items():
-        yield Text(f"{peer}: wrong in {count(cases, 'case')}, where it is no best peer", style="yellow")
+        yield Text(f"{peer}: wrong in {count(cases, 'case')}, and left out there", style="yellow")
     for peer, reason in results.get("missing", {}).items():
         yield Text(f"{peer} was not measured: {reason}", style="yellow")
     for failure in results.get("failures", ()):

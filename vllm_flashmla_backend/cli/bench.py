@@ -168,7 +168,8 @@ def measure_all(args: argparse.Namespace, peer_names: list[str]) -> Path:
         "rows": [],
         "failures": [],
     }
-    chosen, kind = (args.case, "") if args.case else (ROWS[args.rows], "-random" * (args.rows == "random"))
+    chosen = args.case or ROWS[args.rows]
+    kind = "-random" if chosen is ROWS["random"] else ""
     path = unused_path(args.out, results["gpu"], results["date"], kind)
     with Progress(console=Console(stderr=True)) as progress:
         for case in progress.track(chosen, description=count(len(chosen), "case")):

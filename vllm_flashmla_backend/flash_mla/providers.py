@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from . import reference, schedule
+from .row_tiling import row_tiling
 
 CHOICE_VARIABLE = "VLLM_FLASHMLA_KERNELS"
 HOPPER = (9, 0)
@@ -115,7 +116,7 @@ def empty_partials(args: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """
     parts, (b, max_pages) = args.tile_scheduler_metadata.shape[0], args.block_table.shape
     slots = schedule.partial_slots(b, parts, max_pages, args.chunk_level)
-    tiling = schedule.row_tiling(args.max_query_len, args.out.shape[2], args.k_cache.shape[2])
+    tiling = row_tiling(args.max_query_len, args.out.shape[2], args.k_cache.shape[2])
     rows = tiling.partial_rows
     if args.chunk_level > 0:  # each tile of a slot by itself, in whole octets of rows
         tile_rows = tiling.heads_per_tile * tiling.tokens_per_tile

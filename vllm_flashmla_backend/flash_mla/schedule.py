@@ -20,9 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -121,35 +119,6 @@ def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
 def is_few(rows_per_kv_head: int) -> bool:
     """Whether so many query rows that share a KV head, `s_q * h_q // h_kv`, are planned for as few."""
     return rows_per_kv_head <= FEW_ROWS
-
-
-class RowTiling(NamedTuple):
-    """How the query rows of a sequence are cut into tiles, of some heads of some query tokens each."""
-
-    heads_per_tile: int
-    tokens_per_tile: int
-    tiles_per_token: int  # that the heads of a tile's tokens take
-    num_row_tiles: int  # of all KV heads
-    partial_rows: int  # of all tiles; where heads do not fill them, more than there are
-
-
-@cache
-def row_tiling(query_len: int, num_heads: int, num_kv_heads: int) -> RowTiling:
-    """As few tiles as can be, for each has to read the cache; of these with the fewest rows, then the most
-    heads, then the most tokens. `csrc/row_tiling.h` computes the same."""
-    group = num_heads // num_kv_heads
-
-    def of(tokens: int) -> RowTiling:
-        of_token = ceil_div(group, TILE_ROWS // tokens)
-        heads, of_all = ceil_div(group, of_token), num_kv_heads * of_token
-        return RowTiling(
-            heads, tokens, of_token, of_all * ceil_div(query_len, tokens), of_all * heads * query_len
-        )
-
-    tilings = map(of, range(1, min(TILE_ROWS, query_len) + 1))
-    return min(
-        tilings, key=lambda it: (it.num_row_tiles, it.partial_rows, -it.heads_per_tile, -it.tokens_per_tile)
-    )
 
 
 def chunk_level(rows_per_kv_head: int, batch_invariant: bool) -> int:

@@ -51,7 +51,7 @@ class OnlineSoftmax {
     __device__ bool is_outgrown(const float (&scores)[2 * kValues]) const {
         bool outgrown = false;
 #pragma unroll
-        for (int v = 0; v < kValues; ++v) outgrown |= largest(scores, v) > max_[v] + kLargest;
+        for (int v = 0; v < kValues; ++v) outgrown |= largest(scores, v) > max_[v] + kLargest<T>;
         return outgrown;
     }
 
@@ -119,11 +119,9 @@ class OnlineSoftmax {
     }
 
   private:
-    static constexpr float kLargest = kLift<T> + kSlack;  // log2 of what weights stay below
-
     // What is stored once a page with this maximum is known.
     __device__ static float lifted(float of_page, float stored) {
-        return of_page > stored + kLargest ? of_page - kLift<T> : stored;
+        return of_page > stored + kLargest<T> ? of_page - kLift<T> : stored;
     }
 
     __device__ float largest(const float (&scores)[2 * kValues], int v) const {

@@ -43,8 +43,8 @@ class OnlineSoftmax {
         float rescale[2] = {1.f, 1.f}, max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int i = 0; i < 32; ++i) max[i / 2 % 2] = fmaxf(max[i / 2 % 2], scores[i]);
-        if (__any_sync(
-                ~0u, max[0] * scale_log2_ > max_[0] + kLargest || max[1] * scale_log2_ > max_[1] + kLargest))
+        if (__any_sync(~0u, max[0] * scale_log2_ > max_[0] + kLargest<T> ||
+                                max[1] * scale_log2_ > max_[1] + kLargest<T>))
             raise(max, rescale);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -69,15 +69,13 @@ class OnlineSoftmax {
     }
 
   private:
-    static constexpr float kLargest = kLift<T> + kSlack;  // log2 of what weights stay below
-
     // To a page's maxima, of this thread's columns, over the quad, where these outgrow the stored ones.
     __device__ void raise(const float (&max)[2], float (&rescale)[2]) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float of_page =
                 quad_reduce(max[h], [](float a, float b) { return fmaxf(a, b); }) * scale_log2_;
-            if (of_page > max_[h] + kLargest) {
+            if (of_page > max_[h] + kLargest<T>) {
                 const float lifted = of_page - kLift<T>;
                 rescale[h] = ptx::exp2_approx(max_[h] - lifted);  // 0 at the first page: max_ is -inf
                 max_[h] = lifted;
