@@ -153,9 +153,13 @@ int kernel_rows_for(int64_t rows) {
 
 DecodeMaps make_maps(TensorView q_nope, TensorView q_pe, TensorView k_cache, const DecodeParams& params) {
     const std::array<int, 3> q_dims{2, 1, 0}, k_dims{1, 2, 0};
-    const int heads = params.heads_per_tile, tokens = params.tokens_per_tile;
-    return {.q_nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, params.query_box_tiles}),
-            .q_pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1}),
+    const auto query_maps = [&](int heads) -> QueryMaps {
+        const int tokens = params.tokens_per_tile;
+        return {.nope = make_map("q_nope", q_nope, q_dims, {heads, tokens, params.query_box_tiles}),
+                .pe = make_map("q_pe", q_pe, q_dims, {heads, tokens, 1})};
+    };
+    return {.query = {query_maps(params.heads_per_tile),
+                      params.short_tile < 0 ? QueryMaps{} : query_maps(params.heads_of_short_tile)},
             .k_latent =
                 make_map("k_cache", k_cache, k_dims, {kPageSize, 1, latent_box_tiles(params.kernel_rows)}),
             .k_rope = make_map("k_cache", k_cache, k_dims, {kPageSize, 1, 1})};
@@ -223,7 +227,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         check_partials(out_partial, weight_sums, slots * tiling.num_row_tiles,
                        (tiling.rows_per_tile() + 7) / 8 * 8);
     } else {  // one part's splits are whole sequences, and others need at least a slot a part
-        check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, tiling.partial_rows);
+        check_partials(out_partial, weight_sums, parts > 1 ? parts : 0, heads * max_query_len);
     }
 
     const DecodeParams params{
@@ -244,6 +248,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .num_tokens = static_cast<int>(q_nope.size(1)),
         .chunk_level = level,
         .chunks_per_seq = chunks_per_seq,
+        .num_heads = static_cast<int>(heads),
         .num_kv_heads = static_cast<int>(num_kv_heads),
         .num_parts = static_cast<int>(parts),
         .num_slots = static_cast<int>(out_partial.size(0)),
@@ -252,9 +257,12 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .heads_per_tile = tiling.heads_per_tile,
         .tokens_per_tile = tiling.tokens_per_tile,
         .tiles_per_token = tiling.tiles_per_token,
+        .short_tile = tiling.is_even() ? -1 : tiling.tiles_per_token - 1,
+        .heads_of_short_tile = tiling.heads_of_last_tile(),
         .kernel_rows = kernel_rows,
-        .query_box_tiles = tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1,
+        .query_box_tiles = tiling.is_even() && tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1,
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
+        .inverse_heads_of_short = static_cast<int>(ceil_div(1 << 16, tiling.heads_of_last_tile())),
         .inverse_tiles_per_token = static_cast<uint32_t>(ceil_div(1ll << 31, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint32_t>(ceil_div(1ll << 31, num_kv_heads)),
         .num_row_tiles = static_cast<int>(tiling.num_row_tiles),

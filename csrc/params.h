@@ -73,6 +73,7 @@ struct DecodeParams {
     int num_tokens;   // of a ragged batch
     int chunk_level;  // above 0: batch-invariant, and a sequence that is cut has slots for
     int chunks_per_seq;
+    int num_heads;     // h_q
     int num_kv_heads;  // h_kv
     int num_parts;
     int num_slots;
@@ -81,9 +82,12 @@ struct DecodeParams {
     int heads_per_tile;                // a tile's rows: this many heads of
     int tokens_per_tile;               // this many query tokens
     int tiles_per_token;               // that the heads of these tokens take
+    int short_tile;                    // which of these, the last one, has fewer heads; -1: none
+    int heads_of_short_tile;           // so many
     int kernel_rows;                   // query rows for which the kernel has room
     int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
+    int inverse_heads_of_short;        // the same of heads_of_short_tile
     uint32_t inverse_tiles_per_token;  // 2^31 / tiles_per_token, rounded up; exact below 2^31 / divisor
     uint32_t inverse_kv_heads;
     int num_row_tiles;   // over all KV heads
@@ -97,9 +101,12 @@ struct DecodeParams {
 // The copy engine's views, with tiles of 64 columns as a dimension of their own. A box of the query is a
 // block's rows x DecodeParams::query_box_tiles, or one tile of the rope part; of the cache, a page's 64
 // tokens x latent_box_tiles() of the latent part's tiles, or the rope tile.
+struct QueryMaps {
+    CUtensorMap nope;  // 64 columns x h_q x s_q x 8 tiles x b
+    CUtensorMap pe;    // 64 columns x h_q x s_q x 1 tile x b
+};
 struct DecodeMaps {
-    CUtensorMap q_nope;    // 64 columns x h_q x s_q x 8 tiles x b
-    CUtensorMap q_pe;      // 64 columns x h_q x s_q x 1 tile x b
+    QueryMaps query[2];    // the second with the boxes of short tiles
     CUtensorMap k_latent;  // 64 columns x 64 tokens x h_kv x 9 tiles x pages
     CUtensorMap k_rope;    // likewise
 };

@@ -18,28 +18,28 @@ struct RowTiling {
     int heads_per_group;  // h_q / h_kv
     int heads_per_tile = 0;
     int tokens_per_tile = 0;
-    int tiles_per_token = 0;   // that the heads of a tile's tokens take
-    int64_t num_row_tiles;     // over all KV heads
-    int64_t partial_rows = 0;  // of all tiles; where heads do not fill them, more than there are
+    int tiles_per_token = 0;  // that the heads of a tile's tokens take
+    int64_t num_row_tiles;    // over all KV heads
 
-    // As few tiles as can be; of these with the fewest rows, then the most heads, then the most tokens.
+    // As few tiles as can be; of these with the most heads, then the most tokens.
     RowTiling(int64_t heads, int64_t num_kv_heads, int64_t max_query_len)
         : heads_per_group(static_cast<int>(heads / num_kv_heads)) {
-        std::tuple<int64_t, int, int, int> least{INT64_MAX, 0, 0, 0};
+        std::tuple<int64_t, int, int> least{INT64_MAX, 0, 0};
         for (int tokens = 1; tokens <= std::min<int64_t>(kTileRows, max_query_len); ++tokens) {
             const int of_token = static_cast<int>(ceil_div(heads_per_group, kTileRows / tokens));
             const int of_heads = static_cast<int>(ceil_div(heads_per_group, of_token));
-            const std::tuple cost{of_token * ceil_div(max_query_len, tokens), of_token * of_heads, -of_heads,
-                                  -tokens};
+            const std::tuple cost{of_token * ceil_div(max_query_len, tokens), -of_heads, -tokens};
             if (cost >= least) continue;
             least = cost;
             heads_per_tile = of_heads, tokens_per_tile = tokens, tiles_per_token = of_token;
         }
         num_row_tiles = std::get<0>(least) * num_kv_heads;
-        partial_rows = num_kv_heads * max_query_len * tiles_per_token * heads_per_tile;
     }
 
     int rows_per_tile() const { return heads_per_tile * tokens_per_tile; }
+    // Of the last of the tiles with the same tokens: what is left, one at least.
+    int heads_of_last_tile() const { return heads_per_group - (tiles_per_token - 1) * heads_per_tile; }
+    bool is_even() const { return heads_of_last_tile() == heads_per_tile; }
 };
 
 }  // namespace mla

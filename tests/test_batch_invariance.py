@@ -143,7 +143,7 @@ def test_the_default_mode_does_not_have_the_same_bits(device):
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_parts_of_an_h100_have_several_whole_sequences_of_several_chunks(case):
     """What MANY is for: a part keeps the chunks of such sequences in one place, one after the other."""
-    level, parts = chunk_level(case.h_q, True), num_parts(132, case.h_q, 1)
+    level, parts = chunk_level(case.h_q, True), num_parts(132, ceil_div(case.h_q, 64))
     here = Counter(
         split.part
         for split in splits_of(plan(case.lengths, parts, level)[0], case.lengths)

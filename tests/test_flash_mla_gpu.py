@@ -111,6 +111,8 @@ def test_replayed_graph_follows_new_lengths(plan_in_graph):
         Case(tuple(1 + i * 7919 % 9000 for i in range(300)), h_q=32),
         Case((20_000,), h_q=128),
         Case((500,) * 30, h_q=128),
+        Case((5000,) * 130, s_q=4, h_q=40),
+        Case((9000,), h_q=67),
     ],
     ids=str,
 )
@@ -122,6 +124,19 @@ def test_repeated_calls_are_equal_bit_for_bit(case):
         again = run(case, inputs)
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
+
+
+@pytest.mark.parametrize("told", [{}, {"num_heads_q": 24}], ids=["rows", "heads"])
+def test_a_plan_need_not_know_the_heads(told):
+    """FlashMLA's callers give rows alone: 312 of them are 5 tiles, but 13 tokens of 24 heads are 6, and two
+    launches where the plan was made for 5."""
+    case = Case((3000, 45, 700), s_q=13, h_q=24, causal=True)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    plan = get_mla_metadata(inputs.cache_seqlens, 13 * 24, 1, **told)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    assert plan[0].shape[0] == sms // (6 if told else 5)
+    tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    assert_agree(flash_mla_with_kvcache(*tensors, 512, *plan, causal=True), expected(case, inputs))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -24,7 +24,7 @@ def make_builder(monkeypatch, dcp_world_size: int = 1, heads: int = 16, microbat
 
     asked = []
     monkeypatch.setattr(mla_attention.MLACommonMetadataBuilder, "__init__", common_init)
-    monkeypatch.setattr(metadata, "num_parts", lambda device, rows, kv_heads: asked.append(rows) or 8)
+    monkeypatch.setattr(metadata, "num_parts", lambda *shape: asked.append(shape[1:]) or 8)
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         parallel_config=SimpleNamespace(use_ubatching=microbatches),
@@ -52,7 +52,7 @@ def test_the_plan_counts_the_heads_that_context_parallelism_gathers(monkeypatch)
     plan_into = metadata.plan_into
     monkeypatch.setattr(metadata, "plan_into", lambda *args: planned_with.append(args[3]) or plan_into(*args))
     decode = build_decode(builder, [0, 1, 2], 2)
-    assert asked == [16 * 4, 16 * 4]
+    assert asked == [(1, 16 * 4, 1)] * 2
     assert planned_with == [16 * 4]
     assert decode.num_splits.tolist()[0] == 0 and len(decode.num_splits) == 3
 
@@ -124,7 +124,7 @@ def test_a_long_query_is_planned_as_runs_that_fill_a_tile(monkeypatch):
     assert decode.cu_seqlens_q.tolist() == [0, 4, 8, 9, 10]
     assert decode.block_table.tolist() == [[1, 2], [1, 2], [1, 2], [3, 4]]
     assert (decode.query_len, decode.num_query_tokens) == (4, 10)
-    assert asked[-1] == 4 * 16 and len(decode.num_splits) == 5
+    assert asked[-1] == (4, 16, 1) and len(decode.num_splits) == 5
 
 
 @pytest.mark.parametrize("heads, tokens", [(16, 128), (20, 128), (32, 128), (64, 64), (128, 32)])

@@ -17,7 +17,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
     // First of all and by all: a branch before it would only delay it.
     const BlockPlan plan(params, Storage::kHalfMayIdle);
-    const RowTile tile(params, params.first_row_tile + blockIdx.x);
+    const RowTile tile(params, params.first_row_tile + blockIdx.x, Storage::kOneTile);
     const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
     const bool in_producer_warp = ptx::uniform(thread / 32) == kConsumers * kWarps;
     Loader<Storage> loader(params, maps, shared, plan, tile);

@@ -24,8 +24,8 @@ class Loader {
     __device__ void begin() {
         ptx::prefetch_map(maps_.k_rope);
         ptx::prefetch_map(maps_.k_latent);
-        ptx::prefetch_map(maps_.q_nope);
-        ptx::prefetch_map(maps_.q_pe);
+        ptx::prefetch_map(maps_.query[0].nope);
+        ptx::prefetch_map(maps_.query[0].pe);
         const int seq = plan_.first_seq, page = plan_.first_page;
         if (seq < 0 || seq >= params_.batch || page < 0 || page >= params_.max_pages) return;
         ptx::prefetch(params_.seq_lens + seq);
@@ -144,9 +144,7 @@ class Loader {
 
     __device__ uint64_t* full(int group) { return &shared_.pages.full[stage_.slot][group]; }
 
-    __device__ int query_tile_bytes() const {
-        return params_.heads_per_tile * params_.tokens_per_tile * kRowBytes;
-    }
+    __device__ int query_tile_bytes() const { return tile_.heads * params_.tokens_per_tile * kRowBytes; }
 
     __device__ void load_query(const Query& query) {
         if constexpr (kQueryHasBarrier)
@@ -157,20 +155,21 @@ class Loader {
     }
 
     __device__ void prefetch_query(int seq) {
-        ptx::prefetch_box(maps_.q_pe, tile_.first_head, tile_.first_token, 0, seq);
+        ptx::prefetch_box(maps_.query[0].pe, tile_.first_head, tile_.first_token, 0, seq);
 #pragma unroll 1
         for (int t = 0; t < kTilesV; t += params_.query_box_tiles)
-            ptx::prefetch_box(maps_.q_nope, tile_.first_head, tile_.first_token, t, seq);
+            ptx::prefetch_box(maps_.query[0].nope, tile_.first_head, tile_.first_token, t, seq);
     }
 
     template <TileGroup kGroup>
     __device__ void load_query_group(const Query& query) {
         constexpr int kFirst = QueryGroups::first_tile(kGroup);
+        const QueryMaps& maps = maps_.query[tile_.is_short];
         uint64_t* barrier = full(kGroup);
         if constexpr (kQueryHasBarrier) barrier = &shared_.q_full;
 #pragma unroll 1
         for (int t = 0; t < QueryGroups::tiles_in(kGroup); t += params_.query_box_tiles)
-            ptx::load_box(shared_.q[kFirst + t], kGroup == kRope ? maps_.q_pe : maps_.q_nope, barrier,
+            ptx::load_box(shared_.q[kFirst + t], kGroup == kRope ? maps.pe : maps.nope, barrier,
                           tile_.first_head, query.token + tile_.first_token, kGroup == kRope ? 0 : kFirst + t,
                           query.batch);
     }

@@ -27,9 +27,8 @@ struct Partial {
 
     __device__ Partial(const DecodeParams& params, const RowTile& tile, int slot)
         : rows(tile.rows(params, params.query_len)) {
-        const int token = tile.kv_head * params.query_len + tile.first_token;
-        const int first = slot * params.partial_rows +
-                          token * params.tiles_per_token * params.heads_per_tile + tile.tile_of_token * rows;
+        const int first = slot * params.partial_rows + tile.first_token * params.num_heads +
+                          tile.first_head * tile.tokens(params, params.query_len);
         out = params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // there may be gigabytes
         weight_sums = params.weight_sums + first;
     }

@@ -27,29 +27,35 @@ struct BlockPlan : PartPlan {
           part(part_of_block(params, half_may_idle)) {}
 };
 
-// The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads_per_tile` heads each,
-// in this order. What lies past the query is padding, at the end. Where a token's heads take several tiles
-// the last one may have some of those before it, too: both store them, equal but for the order in which
-// merge_deep adds.
+// The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads` heads each, in this
+// order. What lies past the query is padding, at the end.
 struct RowTile {
     int first_token;
-    int first_head;  // of all heads
     int kv_head;
-    int tile_of_token;  // which one of those with the same tokens
+    int first_head;  // of all heads
+    int heads;
+    int inverse_heads;  // as in DecodeParams
+    bool is_short;      // has fewer heads than the others
 
-    __device__ RowTile(const DecodeParams& params, int tile) {
+    __device__ RowTile(const DecodeParams& params, int tile, bool is_only) {
         const int tile_of_head = divide(tile, params.inverse_kv_heads);
         const int token_tile = divide(tile_of_head, params.inverse_tiles_per_token);
-        kv_head = tile - tile_of_head * params.num_kv_heads;
-        tile_of_token = tile_of_head - token_tile * params.tiles_per_token;
+        const int tile_of_token = tile_of_head - token_tile * params.tiles_per_token;
         first_token = token_tile * params.tokens_per_tile;
-        first_head = kv_head * params.heads_per_group + min(tile_of_token * params.heads_per_tile,
-                                                            params.heads_per_group - params.heads_per_tile);
+        kv_head = tile - tile_of_head * params.num_kv_heads;
+        first_head = kv_head * params.heads_per_group + tile_of_token * params.heads_per_tile;
+        is_short = !is_only && tile_of_token == params.short_tile;
+        heads = is_short ? params.heads_of_short_tile : params.heads_per_tile;
+        inverse_heads = is_short ? params.inverse_heads_of_short : params.inverse_heads;
+    }
+
+    __device__ int tokens(const DecodeParams& params, int query_len) const {
+        return min(params.tokens_per_tile, query_len - first_token);
     }
 
     // How many rows it has where a sequence has so many query tokens.
     __device__ int rows(const DecodeParams& params, int query_len) const {
-        return params.heads_per_tile * min(params.tokens_per_tile, query_len - first_token);
+        return heads * tokens(params, query_len);
     }
 
   private:
@@ -157,8 +163,8 @@ struct Row {
 
 __device__ inline Row row_of(const DecodeParams& params, const RowTile& tile, const Split& split,
                              int row_of_tile) {
-    const int token = row_of_tile * params.inverse_heads >> 16;
-    return {tile.first_token + token, tile.first_head + row_of_tile - token * params.heads_per_tile,
+    const int token = row_of_tile * tile.inverse_heads >> 16;
+    return {tile.first_token + token, tile.first_head + row_of_tile - token * tile.heads,
             row_of_tile < split.valid_rows(params, tile)};
 }
 

@@ -107,7 +107,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
         # query that there may be.
         self.least_query_len = self.reorder_batch_threshold if self.batch_invariant else 1
         # one query token a sequence takes the most parts: more rows need more blocks per part
-        max_parts = num_parts(device, self.num_query_heads, 1)
+        max_parts = num_parts(device, 1, self.num_query_heads, 1)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.tile_scheduler_metadata = torch.zeros(
             max_parts, METADATA_WIDTH, dtype=torch.int32, device=device
@@ -164,7 +164,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[FlashMLAMetadata]):
             cu_seqlens_q = None if is_uniform else kwargs["query_start_loc_device"]
             num_splits = self.num_splits[: batch + 1]
         rows = max_query_len * self.num_query_heads
-        tile_scheduler_metadata = self.tile_scheduler_metadata[: num_parts(self.device, rows, 1)]
+        parts = num_parts(self.device, max_query_len, self.num_query_heads, 1)
+        tile_scheduler_metadata = self.tile_scheduler_metadata[:parts]
         level = chunk_level(rows, self.batch_invariant)
         plan_into(decode.seq_lens, tile_scheduler_metadata, num_splits, rows, level)
         return FlashMLADecodeMetadata(

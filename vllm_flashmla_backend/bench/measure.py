@@ -197,7 +197,7 @@ def plan_launches(timer: Timer, device: torch.device) -> list[dict]:
     for b, must_us in PLAN_MUST_US.items():
         lengths = Case(b, 1, 4096, 16, "normal").cache_seqlens()
         cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
-        metadata = cache_seqlens.new_empty(num_parts(device, 16, 1), METADATA_WIDTH)
+        metadata = cache_seqlens.new_empty(num_parts(device, 1, 16, 1), METADATA_WIDTH)
         num_splits = cache_seqlens.new_empty(b + 1)
         tensors = (cache_seqlens, metadata, num_splits)
         plan_into(*tensors, 16)

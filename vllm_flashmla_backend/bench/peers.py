@@ -57,7 +57,8 @@ class Ours:
 
     def prepare(self, inputs: Inputs) -> dict[str, Step]:
         mode = {"batch_invariant": self.batch_invariant}
-        plan = get_mla_metadata(inputs.cache_seqlens, inputs.case.s_q * inputs.case.h_q, 1, **mode)
+        s_q, h_q = inputs.case.s_q, inputs.case.h_q
+        plan = get_mla_metadata(inputs.cache_seqlens, s_q * h_q, 1, h_q, **mode)
         queries = (inputs.q_nope, inputs.q_pe)
         cache = (inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
         return {"": lambda: flash_mla_decode(*queries, *cache, *plan, SCALE, True, **mode)[0]}

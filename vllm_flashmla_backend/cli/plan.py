@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan on the host, as `schedule.plan` specifies it, and draw; always 0."""
     from ..flash_mla import schedule
+    from ..flash_mla.row_tiling import row_tiling
 
     lengths = parse_lengths(args.lens)
     require_heads(args.heads)
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
     rows = args.heads * args.query_len
     sms = None if args.parts else num_sms()
-    num_parts = args.parts or schedule.num_parts(sms, rows, 1)
+    tiling = row_tiling(args.query_len, args.heads, 1)
+    num_parts = args.parts or schedule.num_parts(sms, tiling.num_row_tiles)
     level = schedule.chunk_level(rows, args.batch_invariant)
     metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)

@@ -22,6 +22,7 @@ from .checks import (
     fail,
 )
 from .providers import Provider, provider_for
+from .row_tiling import row_tiling
 from .schedule import METADATA_WIDTH
 
 
@@ -49,7 +50,7 @@ class MLAPlan:
         shape = (cache_seqlens.shape[0], s_q, h_q, h_kv)
         if self._shape is None:
             self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
-                cache_seqlens, s_q * h_q // h_kv, h_kv, batch_invariant=batch_invariant
+                cache_seqlens, s_q * h_q // h_kv, h_kv, h_q, batch_invariant=batch_invariant
             )
             self._shape = shape
         elif shape != self._shape:
@@ -61,11 +62,18 @@ class MLAPlan:
         return self.tile_scheduler_metadata, self.num_splits
 
 
-def num_parts(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) -> int:
+def num_parts(device: torch.device, query_len: int, num_heads: int, num_kv_heads: int) -> int:
     """Parts to plan for on `device`: `schedule.num_parts` for its SMs, `CPU_PARTS` on a CPU."""
     if device.type == "cpu":
         return schedule.CPU_PARTS
-    return schedule.num_parts(_num_sms(device), rows_per_kv_head, num_kv_heads)
+    tiling = row_tiling(query_len, num_heads, num_kv_heads)
+    return schedule.num_parts(_num_sms(device), tiling.num_row_tiles)
+
+
+def num_parts_of_rows(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) -> int:
+    """The same where it is not known of how many heads each the query tokens are: FlashMLA's callers need not
+    tell. With 5 tokens and more it may be a part more than `num_parts` says, and the call slower."""
+    return num_parts(device, 1, rows_per_kv_head * num_kv_heads, num_kv_heads)
 
 
 def get_mla_metadata(
@@ -85,7 +93,7 @@ def get_mla_metadata(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     num_q_tokens_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
     num_heads_k : KV heads, `h_kv`.
-    num_heads_q : `h_q`, 1 to 128. FlashMLA's; no plan needs it, but where it is given it has to fit.
+    num_heads_q : `h_q`, 1 to 128. Worth giving with 5 query tokens and more: see `num_parts_of_rows`.
     is_fp8_kvcache, topk : FlashMLA's, for what is not served here; anything but False and None is refused.
     batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
         that decodes says so, too.
@@ -110,9 +118,13 @@ def get_mla_metadata(
     for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             fail(name, repr(value), "an int of at least 1")
-    if num_heads_q is not None:
+    device = cache_seqlens.device
+    if num_heads_q is None:
+        parts = num_parts_of_rows(device, num_q_tokens_per_head_k, num_heads_k)
+    else:
         _check_num_heads_q(num_heads_q, num_q_tokens_per_head_k, num_heads_k)
-    parts = num_parts(cache_seqlens.device, num_q_tokens_per_head_k, num_heads_k)
+        query_len = num_q_tokens_per_head_k * num_heads_k // num_heads_q
+        parts = num_parts(device, query_len, num_heads_q, num_heads_k)
     tile_scheduler_metadata = cache_seqlens.new_empty(parts, METADATA_WIDTH)
     num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
     level = schedule.chunk_level(num_q_tokens_per_head_k, batch_invariant)
@@ -146,7 +158,7 @@ def plan_into(
     device = cache_seqlens.device
     check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
     parts = max(1, tile_scheduler_metadata.shape[0])
-    check_plan_buffers(tile_scheduler_metadata, num_splits, parts, cache_seqlens.shape[0], device)
+    check_plan_buffers(tile_scheduler_metadata, num_splits, (parts,), cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
     few_rows = schedule.is_few(rows_per_kv_head)

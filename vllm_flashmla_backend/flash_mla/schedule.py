@@ -100,20 +100,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def num_parts(num_sms: int, rows_per_kv_head: int, num_kv_heads: int) -> int:
+def num_parts(num_sms: int, num_row_tiles: int) -> int:
     """Parts to plan for: as many as fill the machine, and always at least one.
 
-    Parameters
-    ----------
-    num_sms : streaming multiprocessors of the GPU.
-    rows_per_kv_head : query rows per sequence and KV head, `s_q * h_q // h_kv`.
-    num_kv_heads : KV heads, `h_kv`.
-
-    Every part is run by `h_kv * ceil(rows / 64)` thread blocks, one for each KV head and
-    tile of 64 rows. At times there are more (`row_tiling`; with up to 4 tokens of up to 128 heads only for 3
-    of 85 and of 106, with 5 and more often): what does not fit the machine at once is launched after.
+    Every part is run by a thread block for each of the `row_tiling`'s tiles, each on a streaming
+    multiprocessor of its own. Blocks that do not fit the machine at once are launched after the others.
     """
-    return max(1, num_sms // (num_kv_heads * ceil_div(rows_per_kv_head, TILE_ROWS)))
+    return max(1, num_sms // num_row_tiles)
 
 
 def is_few(rows_per_kv_head: int) -> bool:

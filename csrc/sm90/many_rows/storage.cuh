@@ -14,6 +14,7 @@ enum Consumer { kLeft = 0, kRight = 1 };
 // Each V half of a page is given back by the warpgroup that multiplies it, the right one's last quarter of V
 // later than the rest; the rope tile once the weights that took its place are read.
 struct Storage {
+    static constexpr bool kOneTile = false;
     static constexpr bool kQueryHasBarrier = false;  // it comes under those of its first page
     static constexpr bool kHalfMayIdle = false;      // of the parts, by the plan
     static constexpr int kLatentBoxTiles = latent_box_tiles(kTileRows);
