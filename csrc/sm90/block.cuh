@@ -18,30 +18,30 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     // First of all and by all: a branch before it would only delay it.
     const BlockPlan plan(params, Storage::kHalfMayIdle);
     const RowTile tile(params, params.first_row_tile + blockIdx.x, Storage::kOneTile);
-    const int thread = threadIdx.x, warpgroup = ptx::uniform(thread / kWarpgroup);
-    const bool in_producer_warp = ptx::uniform(thread / 32) == kConsumers * kWarps;
-    Loader<Storage> loader(params, maps, shared, plan, tile);
-    if (thread == 0) {
-        shared.plan = plan;
-    } else if (thread == kWarpgroup) {
+    const int warpgroup = ptx::uniform(threadIdx.x / kWarpgroup);
+    const bool in_producer_warp = ptx::uniform(threadIdx.x / 32) == kConsumers * kWarps;
+    if (in_producer_warp && ptx::elect_lane()) {  // while the plan is on its way
         if (ptx::smem_address(shared_memory) % kSwizzleAtomBytes != 0) __trap();  // swizzles count from there
         init_barriers(shared);
-    } else if (in_producer_warp) {
-        if (ptx::elect_lane()) loader.begin();
+        prefetch_maps(maps);
     }
-    __syncthreads();
-
-    if (warpgroup == kConsumers) {
-        ptx::give_registers<kProducerRegisters>();
-        if (in_producer_warp && ptx::elect_lane()) loader.load_all();
+    // This way around the producer's code comes first, and it is the first that is needed.
+    if (warpgroup < kConsumers) {
+        if (threadIdx.x == 0) shared.plan = plan;
+        wait_for_start();
+        ptx::take_registers<kConsumerRegisters>();
+        State state;
+        read_phases(params, shared.plan, shared.phases, warpgroup);
+        for_each_split(params, shared.plan, tile,
+                       [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
+        merge(shared, tile, warpgroup);
         return;
     }
-    ptx::take_registers<kConsumerRegisters>();
-    State state;
-    read_phases(params, shared.plan, shared.phases, warpgroup);
-    for_each_split(params, shared.plan, tile,
-                   [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
-    merge(shared, tile, warpgroup);
+    Loader<Storage> loader(params, maps, shared, plan, tile);
+    if (in_producer_warp && ptx::elect_lane()) loader.begin();
+    arrive_at_start();  // and waits for nobody: the barriers are set up by the lane that uses them
+    ptx::give_registers<kProducerRegisters>();
+    if (in_producer_warp && ptx::elect_lane()) loader.load_all();
 }
 
 }  // namespace mla

@@ -11,6 +11,13 @@ namespace mla {
 // A call that reads little: up to so many pages of each KV head, 295 MB.
 constexpr int kLittlePages = 4000;
 
+__device__ inline void prefetch_maps(const DecodeMaps& maps) {
+    ptx::prefetch_map(maps.k_rope);
+    ptx::prefetch_map(maps.k_latent);
+    ptx::prefetch_map(maps.query[0].nope);
+    ptx::prefetch_map(maps.query[0].pe);
+}
+
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
 // its own, `q_full`, or under those of its first page.
 template <typename Storage>
@@ -20,12 +27,8 @@ class Loader {
                       const BlockPlan& plan, const RowTile& tile)
         : params_(params), maps_(maps), shared_(shared), plan_(plan), tile_(tile) {}
 
-    // Asks for what needs no barrier, while these are set up. By the lane that then calls `load_all`.
+    // Asks for what the first page's request takes. By the lane that then calls `load_all`.
     __device__ void begin() {
-        ptx::prefetch_map(maps_.k_rope);
-        ptx::prefetch_map(maps_.k_latent);
-        ptx::prefetch_map(maps_.query[0].nope);
-        ptx::prefetch_map(maps_.query[0].pe);
         const int seq = plan_.first_seq, page = plan_.first_page;
         if (seq < 0 || seq >= params_.batch || page < 0 || page >= params_.max_pages) return;
         ptx::prefetch(params_.seq_lens + seq);
@@ -53,7 +56,6 @@ class Loader {
             page_index = split.is_empty() ? 0 : table[split.page_begin];
         evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
-            const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
@@ -63,6 +65,8 @@ class Loader {
                 prefetch_page(page_index);
             }
             load_group<kRope>(page_index, with_query, split.query);
+            // Not before: all wait for the first page.
+            const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {

@@ -58,7 +58,18 @@ struct PageBarriers {
     uint64_t empty[kStages][kTileGroups];
 };
 
-// Waits for the other threads of a consumer warpgroup; barrier 0 is __syncthreads'.
+// Once a block, by the producer's threads, which wait for nobody: barriers are set up.
+__device__ inline void arrive_at_start() {
+    __syncwarp();
+    asm volatile("barrier.cta.arrive 0, %0;" ::"n"(kThreads) : "memory");
+}
+
+// By the consumers'.
+__device__ inline void wait_for_start() {
+    asm volatile("barrier.cta.sync 0, %0;" ::"n"(kThreads) : "memory");
+}
+
+// Waits for the other threads of a consumer warpgroup; barrier 0 is the block's.
 __device__ inline void sync_warpgroup(int consumer) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
 }
