@@ -56,6 +56,7 @@ class Loader {
             page_index = split.is_empty() ? 0 : table[split.page_begin];
         evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
+            const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
@@ -65,8 +66,6 @@ class Loader {
                 prefetch_page(page_index);
             }
             load_group<kRope>(page_index, with_query, split.query);
-            // Not before: all wait for the first page.
-            const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {
