@@ -163,15 +163,17 @@ def ratio_bars(results: dict) -> Figure:
     cases = count(len(of_mean), "case")
     suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {cases}" if of_mean else ""
     axes.set_title(_title("ratio to the best peer", results) + suffix, fontsize=10.5)
+    regimes = [name for name in REGIMES if _has(comparisons, name)]  # named in the colour of their cases
+    handles = [
+        Patch(color=GOAL, label="goal reached"),
+        Patch(color=MUST, label="must reached"),
+        Patch(color=MISSED, label="missed"),
+        Line2D([], [], color="black", label="must"),
+        Line2D([], [], color="black", linestyle=":", label="goal"),
+    ]
     figure.legend(
-        handles=[
-            Patch(color=GOAL, label="goal reached"),
-            Patch(color=MUST, label="must reached"),
-            Patch(color=MISSED, label="missed"),
-            Line2D([], [], color="black", label="must"),
-            Line2D([], [], color="black", linestyle=":", label="goal"),
-            *(Patch(color=COLOURS[name], label=name) for name in REGIMES if _has(comparisons, name)),
-        ],
+        handles=handles + [Patch(alpha=0, label=name) for name in regimes],
+        labelcolor=["black"] * len(handles) + [COLOURS[name] for name in regimes],
         loc="outside lower center",
         ncols=6,
         frameon=False,

@@ -288,7 +288,7 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
     )
     for plan in results.get("plan", ()):
         reached = _reached(plan["us"] <= plan["must_us"], f"{plan['must_us']:g}")
-        yield Text.assemble(f"plan for b={plan['b']}: {plan['us']:.1f} µs, at most ", reached)
+        yield Text.assemble(f"plan for b={plan['b']}: {plan['us']:.2f} µs, at most ", reached)
     for comparison in comparisons:
         if (row := comparison.rows.get(OURS)) and (theirs := comparison.rows.get("flashmla")):
             excess = row["workspace_bytes"] - theirs["workspace_bytes"]
