@@ -262,7 +262,7 @@ void decode(TensorView q_nope, TensorView q_pe, TensorView k_cache, TensorView b
         .kernel_rows = kernel_rows,
         .query_box_tiles = tiling.is_even() && tiling.rows_per_tile() == kernel_rows ? kTilesHalfV : 1,
         .inverse_heads = static_cast<int>(ceil_div(1 << 16, tiling.heads_per_tile)),
-        .inverse_heads_of_short = static_cast<int>(ceil_div(1 << 16, tiling.heads_of_last_tile())),
+        .inverse_heads_of_short_tile = static_cast<int>(ceil_div(1 << 16, tiling.heads_of_last_tile())),
         .inverse_tiles_per_token = static_cast<uint32_t>(ceil_div(1ll << 31, tiling.tiles_per_token)),
         .inverse_kv_heads = static_cast<uint32_t>(ceil_div(1ll << 31, num_kv_heads)),
         .num_row_tiles = static_cast<int>(tiling.num_row_tiles),

@@ -85,9 +85,9 @@ struct DecodeParams {
     int short_tile;                    // which of these, the last one, has fewer heads; -1: none
     int heads_of_short_tile;           // so many
     int kernel_rows;                   // query rows for which the kernel has room
-    int query_box_tiles;               // half of the latent part's tiles where rows fill theirs, else one
+    int query_box_tiles;               // half of the latent part's tiles where all are full, else one
     int inverse_heads;                 // 2^16 / heads_per_tile, rounded up: rows are divided by it
-    int inverse_heads_of_short;        // the same of heads_of_short_tile
+    int inverse_heads_of_short_tile;   // the same of heads_of_short_tile
     uint32_t inverse_tiles_per_token;  // 2^31 / tiles_per_token, rounded up; exact below 2^31 / divisor
     uint32_t inverse_kv_heads;
     int num_row_tiles;   // over all KV heads

@@ -11,6 +11,7 @@ namespace mla {
 // A call that reads little: up to so many pages of each KV head, 295 MB.
 constexpr int kLittlePages = 4000;
 
+// Of a short tile not its own, but the others': to choose would cost more than that saves.
 __device__ inline void prefetch_maps(const DecodeMaps& maps) {
     ptx::prefetch_map(maps.k_rope);
     ptx::prefetch_map(maps.k_latent);
@@ -157,6 +158,7 @@ class Loader {
         load_query_group<kRightV>(query);
     }
 
+    // A short tile's by the others' maps, too: a few heads too many.
     __device__ void prefetch_query(int seq) {
         ptx::prefetch_box(maps_.query[0].pe, tile_.first_head, tile_.first_token, 0, seq);
 #pragma unroll 1

@@ -27,6 +27,7 @@ struct Partial {
 
     __device__ Partial(const DecodeParams& params, const RowTile& tile, int slot)
         : rows(tile.rows(params, params.query_len)) {
+        // Behind all heads of the tokens before, and these tokens' heads before.
         const int first = slot * params.partial_rows + tile.first_token * params.num_heads +
                           tile.first_head * tile.tokens(params, params.query_len);
         out = params.out_partial + static_cast<int64_t>(first) * kHeadDimV;  // there may be gigabytes

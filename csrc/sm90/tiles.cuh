@@ -60,7 +60,7 @@ struct PageBarriers {
 
 // Once a block, by the producer's threads, which wait for nobody: barriers are set up.
 __device__ inline void arrive_at_start() {
-    __syncwarp();
+    __syncwarp();  // the lane that did it is back
     asm volatile("barrier.cta.arrive 0, %0;" ::"n"(kThreads) : "memory");
 }
 

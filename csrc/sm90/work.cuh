@@ -37,16 +37,16 @@ struct RowTile {
     int inverse_heads;  // as in DecodeParams
     bool is_short;      // has fewer heads than the others
 
-    __device__ RowTile(const DecodeParams& params, int tile, bool is_only) {
+    __device__ RowTile(const DecodeParams& params, int tile, bool is_only_one) {
         const int tile_of_head = divide(tile, params.inverse_kv_heads);
         const int token_tile = divide(tile_of_head, params.inverse_tiles_per_token);
         const int tile_of_token = tile_of_head - token_tile * params.tiles_per_token;
         first_token = token_tile * params.tokens_per_tile;
         kv_head = tile - tile_of_head * params.num_kv_heads;
         first_head = kv_head * params.heads_per_group + tile_of_token * params.heads_per_tile;
-        is_short = !is_only && tile_of_token == params.short_tile;
+        is_short = !is_only_one && tile_of_token == params.short_tile;
         heads = is_short ? params.heads_of_short_tile : params.heads_per_tile;
-        inverse_heads = is_short ? params.inverse_heads_of_short : params.inverse_heads;
+        inverse_heads = is_short ? params.inverse_heads_of_short_tile : params.inverse_heads;
     }
 
     __device__ int tokens(const DecodeParams& params, int query_len) const {

@@ -18,7 +18,6 @@ from .checks import (
     check_not_negative,
     check_not_served,
     check_plan_buffers,
-    check_rank,
     fail,
 )
 from .providers import Provider, provider_for
@@ -71,8 +70,11 @@ def num_parts(device: torch.device, query_len: int, num_heads: int, num_kv_heads
 
 
 def num_parts_of_rows(device: torch.device, rows_per_kv_head: int, num_kv_heads: int) -> int:
-    """The same where it is not known of how many heads each the query tokens are: FlashMLA's callers need not
-    tell. With 5 tokens and more it may be a part more than `num_parts` says, and the call slower."""
+    """The same where nobody has told of how many heads the query tokens are: FlashMLA's callers need not.
+
+    The rows are taken as those of a single token, which fill their tiles. With 5 tokens and more, and with 3
+    of 85 or of 106 heads, that may be more parts than `num_parts` says, and the call takes a second launch.
+    """
     return num_parts(device, 1, rows_per_kv_head * num_kv_heads, num_kv_heads)
 
 
@@ -93,7 +95,8 @@ def get_mla_metadata(
     cache_seqlens : (b,) int32, tokens in the cache; 0 is allowed.
     num_q_tokens_per_head_k : query rows that share a KV head, `s_q * h_q // h_kv`.
     num_heads_k : KV heads, `h_kv`.
-    num_heads_q : `h_q`, 1 to 128. Worth giving with 5 query tokens and more: see `num_parts_of_rows`.
+    num_heads_q : `h_q`, 1 to 128. Worth giving, as at times it saves a launch: see
+        `num_parts_of_rows`.
     is_fp8_kvcache, topk : FlashMLA's, for what is not served here; anything but False and None is refused.
     batch_invariant : plan for decoding each sequence to the same bits whatever else is in the batch; the call
         that decodes says so, too.
@@ -156,9 +159,7 @@ def plan_into(
     """
     check_lengths(cache_seqlens)
     device = cache_seqlens.device
-    check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
-    parts = max(1, tile_scheduler_metadata.shape[0])
-    check_plan_buffers(tile_scheduler_metadata, num_splits, (parts,), cache_seqlens.shape[0], device)
+    check_plan_buffers(tile_scheduler_metadata, num_splits, None, cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
     few_rows = schedule.is_few(rows_per_kv_head)

@@ -12,7 +12,7 @@ namespace mla::few_rows {
 // scores a page gives its rope tile back, and each consumer its half.
 template <int kRows>
 struct Storage {
-    static constexpr bool kOneTile = true;          // of each KV head
+    static constexpr bool kOneTile = true;          // of each KV head: so is_short is known, for less code
     static constexpr bool kQueryHasBarrier = true;  // both consumers wait for it
     static constexpr bool kHalfMayIdle = true;      // of the parts, by the plan
     static constexpr int kLatentBoxTiles = latent_box_tiles(kRows);
