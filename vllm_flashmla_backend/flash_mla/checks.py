@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NoReturn
 
@@ -165,17 +166,14 @@ def check_cache(
 def check_plan_buffers(
     tile_scheduler_metadata: torch.Tensor,
     num_splits: torch.Tensor,
-    parts: tuple[int, ...] | None,  # how many there may be; None: any number but 0
+    parts: Sequence[int],  # how many there may be
     b: int,
     device: torch.device,
 ) -> None:
     """(parts, 8) and (b + 1,) int32, contiguous: a plan for other heads or another batch differs there."""
     check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
     rows = tile_scheduler_metadata.shape[0]
-    if parts is None:
-        rows = max(1, rows)
-    elif rows not in parts:
-        rows = parts[0]
+    rows = rows if rows in parts else parts[0]
     for name, tensor, shape in (
         ("tile_scheduler_metadata", tile_scheduler_metadata, (rows, METADATA_WIDTH)),
         ("num_splits", num_splits, (b + 1,)),

@@ -28,7 +28,7 @@ from .checks import (
     check_values,
     fail,
 )
-from .planning import MLAPlan, num_parts, num_parts_of_rows, provider_with
+from .planning import MLAPlan, parts_of_call, provider_with
 from .providers import DecodeArguments
 
 
@@ -240,7 +240,7 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invari
     rows = args.max_query_len * h_q // h_kv
     level = schedule.chunk_level(rows, batch_invariant)
     args = args._replace(tile_scheduler_metadata=metadata, chunk_level=level)
-    parts = (num_parts(device, args.max_query_len, h_q, h_kv), num_parts_of_rows(device, rows, h_kv))
+    parts = parts_of_call(device, args.max_query_len, h_q, h_kv)
     check_plan_buffers(metadata, num_splits, parts, b, device)
     if device.type == "cpu":
         check_values(k_cache, args.block_table, cache_seqlens, metadata, num_splits, level)

@@ -78,6 +78,15 @@ def num_parts_of_rows(device: torch.device, rows_per_kv_head: int, num_kv_heads:
     return num_parts(device, 1, rows_per_kv_head * num_kv_heads, num_kv_heads)
 
 
+@lru_cache
+def parts_of_call(device: torch.device, query_len: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """How many parts a call's plan may have: made for its heads, or for rows alone. Each layer asks."""
+    return (
+        num_parts(device, query_len, num_heads, num_kv_heads),
+        num_parts_of_rows(device, query_len * num_heads // num_kv_heads, num_kv_heads),
+    )
+
+
 def get_mla_metadata(
     cache_seqlens: torch.Tensor | None = None,
     num_q_tokens_per_head_k: int | None = None,
@@ -159,7 +168,8 @@ def plan_into(
     """
     check_lengths(cache_seqlens)
     device = cache_seqlens.device
-    check_plan_buffers(tile_scheduler_metadata, num_splits, None, cache_seqlens.shape[0], device)
+    any_number = range(1, 2**31)
+    check_plan_buffers(tile_scheduler_metadata, num_splits, any_number, cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
     few_rows = schedule.is_few(rows_per_kv_head)
