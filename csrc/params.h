@@ -25,6 +25,8 @@ constexpr unsigned kPartialCost = 3;  // of a split that is not its sequence's o
 constexpr int kFewRows = 32;          // query rows that share a KV head: FEW_ROWS there
 constexpr unsigned kFewPages = 4;     // FEW_PAGES there
 constexpr unsigned kWholePages = 16;  // WHOLE_PAGES there
+constexpr unsigned kWideSplits = 13;  // WIDE_SPLITS there
+constexpr unsigned kShortSplit = 4;   // SHORT_SPLIT there
 
 enum class DType { kBFloat16, kHalf };
 

@@ -22,8 +22,10 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     METADATA_WIDTH,
     PAGE_SIZE,
     PARTIAL_COST,
+    SHORT_SPLIT,
     START_COST,
     WHOLE_PAGES,
+    WIDE_SPLITS,
     Field,
     ceil_div,
     is_few,
@@ -184,12 +186,34 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
         least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
     many, few = plan(lengths, parts), plan(lengths, parts, 0, few_rows=True)
-    if least_split_length(lengths, parts) > least:
-        assert all(map(torch.equal, many, few))
+    length = least_split_length(lengths, parts)
+    if length > least:
+        assert all(map(torch.equal, many, few)) or length < SHORT_SPLIT
         return
     assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
     longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
     assert longest <= max(least, PARTIAL_COST + 1)
+
+
+@pytest.mark.parametrize(
+    "batch, pages, parts, splits",
+    [
+        (4, 16, 66, 8),  # not 16 of one page
+        (8, 26, 264, 13),
+        (4, 32, 66, 11),  # of three pages, not 16 of two
+        (8, 47, 132, 12),
+        (4, 13, 66, 13),  # few enough of one page
+        (2, 27, 66, 27),  # of two pages they would still be 14
+        (4, 64, 66, 16),  # of four pages: a fifth costs as much as their merge
+    ],
+)
+def test_short_splits_take_a_page_more_where_they_are_merged_all_at_once_then(batch, pages, parts, splits):
+    assert plan([pages * PAGE_SIZE] * batch, parts)[1].diff().tolist() == [splits] * batch
+
+
+def test_one_sequence_that_would_still_have_many_splits_leaves_all_of_them_short():
+    lengths = [26 * PAGE_SIZE] * 3 + [40 * PAGE_SIZE]
+    assert plan(lengths, 132)[1].diff().tolist() == [26, 26, 26, 40]
 
 
 def test_planner_and_kernels_agree_on_what_is_few():
@@ -197,6 +221,7 @@ def test_planner_and_kernels_agree_on_what_is_few():
     constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
     here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
     here |= {"StartCost": START_COST, "PartialCost": PARTIAL_COST, "PageSize": PAGE_SIZE}
+    here |= {"WideSplits": WIDE_SPLITS, "ShortSplit": SHORT_SPLIT}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
 

@@ -98,6 +98,13 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
     return 0;
 }
 
+// That length, or a page more where SHORT_SPLIT of schedule.py says so. `longest`: as above.
+__device__ inline unsigned merged_faster(unsigned split, unsigned longest) {
+    if (split == 0 || split >= kShortSplit) return split;
+    const bool many = __syncthreads_or(longest > kWideSplits * split);
+    return split + (many && !__syncthreads_or(longest > kWideSplits * (split + 1)));
+}
+
 // How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.
 struct Layout {
     unsigned split;

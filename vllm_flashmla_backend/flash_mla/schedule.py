@@ -52,6 +52,13 @@ WHOLE_PAGES = 16
 """With few rows, sequences of up to so many pages stay whole where none has more than a share for half of the
 parts: nothing to merge."""
 
+WIDE_SPLITS = 13
+"""With more than few rows, up to so many splits of a sequence are merged all at once; more take longer."""
+
+SHORT_SPLIT = 4
+"""With more than few rows, a split of fewer pages takes one more where all sequences then have WIDE_SPLITS or
+fewer, and would else have more: that costs less than their merge."""
+
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
 
@@ -180,6 +187,9 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool
             break
     else:
         return None
+    needs_a_page_more = WIDE_SPLITS * length < max(pages) <= WIDE_SPLITS * (length + 1)
+    if needs_a_page_more and length < SHORT_SPLIT and not few_rows:
+        splits = [_num_splits(n, length + 1) for n in pages]
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
     return _Layout(

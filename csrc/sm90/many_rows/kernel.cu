@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            constexpr int kFewSplits = 13;  // measured: merge_wide is faster up to there
-            merge_splits<T, 4, kFewSplits>(params, shared.plan, shared.phases, tile, consumer,
-                                           shared.merge_scratch(consumer));
+            // Measured: merge_wide is faster up to there. The planner knows.
+            merge_splits<T, 4, kWideSplits>(params, shared.plan, shared.phases, tile, consumer,
+                                            shared.merge_scratch(consumer));
         }
     };
     run_block<Storage, ConsumerState>(params, maps, init_barriers, consume, merge);
