@@ -71,6 +71,14 @@ def test_must_and_goal(case, ours_us, best_us, must, goal):
     assert (comparison.must_reached, comparison.goal_reached) == (must, goal)
 
 
+def test_what_is_missed_of_a_goal_whose_ratio_is_reached_is_said():
+    case = Case(1, 1, 8192, 16)
+    for best_us, words in ((26.0, ["its ratio reaches the goal; goal 12 µs"]), (14.0, [])):
+        made = results(row(case, "ours", 13.0), row(case, "fa3", best_us))
+        lines = [str(line) for line in report.summary(made).renderables]
+        assert [line.split(": ")[1] for line in lines if line.startswith(f"{case}: ")] == words
+
+
 def test_wrong_result_of_ours_reaches_nothing_and_fails_the_run(tmp_path, capsys):
     case = Case(1, 1, 8192, 16)
     path = tmp_path / "wrong.json"

@@ -181,7 +181,7 @@ def test_picture_has_a_bar_for_each_peer_and_shape():
     figure = serve_plot.step_bars(results(*rows))
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
     assert heights == [[1.5], [1.5, serve_plot.TALLEST]]
-    assert "6.00" in [text.get_text() for text in figure.axes[1].texts]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["1.50", "6.00 ►"], "cut off, and marked"
 
 
 def test_rows_of_a_later_run_replace_those_of_the_same_shape_and_backend():

@@ -14,6 +14,7 @@ WORDS = re.compile(
     r"b=(?P<b>[0-9]+)( s_q=(?P<s_q>[0-9]+))? s_k=(?P<s_k>[0-9]+) h=(?P<h_q>[0-9]+)"
     rf"( (?P<lengths>{'|'.join(LENGTHS)}))?( (?P<dtype>bfloat16|float16))?"
 )
+WORD = re.compile(r"(b|s_q|s_k|h)=[0-9]+|bfloat16|float16|" + "|".join(LENGTHS).replace(" ", "|"))
 MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 - 1  # tokens of all of them, whose numbers are int32
 
 
@@ -47,9 +48,10 @@ class Case:
 
         found = WORDS.fullmatch(" ".join(text.split()))
         if found is None:
+            odd = next((f"{word!r} in " for word in text.split() if not WORD.fullmatch(word)), "")
             raise ValueError(
-                f"{text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 normal "
-                f"float16'; lengths are {', '.join(LENGTHS)}"
+                f"{odd}{text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 "
+                f"normal float16'; lengths are {', '.join(LENGTHS)}"
             )
         words = {name: word for name, word in found.groupdict().items() if word}
         case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})

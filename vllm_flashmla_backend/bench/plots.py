@@ -244,7 +244,7 @@ def _explain(comparison: Comparison) -> str:
         return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
     best = comparison.best
     words = f"{comparison.ratio:.3f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
-    missed = comparison.lacking if comparison.ratio >= comparison.targets.goal else None
+    missed = comparison.lacking_beside_ratio
     return f"{words}; {missed}" if missed else words
 
 

@@ -36,9 +36,10 @@ def step_bars(results: dict) -> Figure:
         _draw_steps(axes, [comparison for comparison in comparisons if comparison.h == h], peers)
         axes.set_ylabel(f"{h} heads: time ÷ ours")
     layers = results["model"]["layers"]
+    made = results.get("gpu") or results.get("device"), results.get("date"), results.get("commit")
     figure.suptitle(
         f"decode step of vLLM, {count(layers, 'layer')}, the {timing(results)}: "
-        f"{results.get('gpu') or results.get('device')}, {results.get('date', '')}\n"
+        f"{', '.join(filter(None, made))}\n"
         "above 1: ours is faster; below each group ours in ms, and best peer ÷ ours; * attention-bound"
     )
     figure.legend(
@@ -64,7 +65,8 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
             axes.bar(place, min(ratio, TALLEST), width * 0.94, color=PEER_COLOURS[index], zorder=2)
             if ratio > 0.9 * TALLEST:  # no room above the bar
                 top = min(ratio, TALLEST) - 0.03
-                axes.text(place, top, f"{ratio:.2f}", va="top", color="white", **words)
+                cut = " ►" if ratio > TALLEST else ""  # upwards, as the text stands
+                axes.text(place, top, f"{ratio:.2f}{cut}", va="top", color="white", **words)
             else:
                 clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of the line at 1
                 axes.text(place, ratio + 0.02, f"{ratio:.2f}", va="bottom", bbox=clear, **words)

@@ -114,7 +114,8 @@ def require_own_options(args: argparse.Namespace) -> None:
     given = [name for name, default in defaults.items() if getattr(args, name) != default]
     if others := [name for name in given if name not in own]:
         names = ", ".join("--no-plots" if n == "plots" else f"--{n.replace('_', '-')}" for n in others)
-        raise SystemExit(f"{names}: not for `{command}`; `vllm-flashmla bench --help` says what is")
+        where = ", which draws beside FILE.json" if args.plot else ""
+        raise SystemExit(f"{names}: not for `{command}`{where}; `vllm-flashmla bench --help` says what is")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -113,7 +113,8 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table = Table(title="FLASHMLA demo", show_header=False)
     share = f"{right / len(prompts):.1%}"
     table.add_row("answered right", f"{right} of {count(len(prompts), 'prompt')} ({share})")
-    table.add_row("prompt lengths", f"{min(lengths):,} to {max(lengths):,} tokens")
+    ends = dict.fromkeys((min(lengths), max(lengths)))  # one number where all are equal
+    table.add_row("prompt lengths", f"{' to '.join(f'{end:,}' for end in ends)} tokens")
     table.add_row(
         "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
     )

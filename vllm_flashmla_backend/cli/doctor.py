@@ -10,6 +10,7 @@ from rich.table import Table
 
 from . import report
 from .checks import Check, examine
+from .results import WIDTH
 
 HELP = "say what is installed, whether FLASHMLA can run here, and what to do where it cannot"
 
@@ -43,6 +44,8 @@ def show(checks: list[Check]) -> None:
     for check in checks:
         table.add_row("[red]wrong[/]" if check.remedy else "[green]ok[/]", check.name, check.found)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     console.print(table)
     for check in wrong:
         console.print(f"{check.name}: {check.remedy}", markup=False, highlight=False)
