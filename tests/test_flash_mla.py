@@ -39,7 +39,15 @@ from vllm_flashmla_backend.flash_mla import (
 from vllm_flashmla_backend.flash_mla.planning import num_parts
 from vllm_flashmla_backend.flash_mla.providers import DecodeArguments, empty_partials, provider_for
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import FEW_PAGES, PAGE_SIZE, PARTIAL_COST, WHOLE_PAGES, is_few
+from vllm_flashmla_backend.flash_mla.schedule import (
+    FEW_PAGES,
+    PAGE_SIZE,
+    PARTIAL_COST,
+    SHORT_SPLIT,
+    WHOLE_PAGES,
+    WIDE_SPLITS,
+    is_few,
+)
 
 SHORT = (0, 1, 2, 5, 64, 67, 200)
 
@@ -229,14 +237,19 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
     parts = num_parts(device, 1, h_q, 1)
     if splits > parts:
         pytest.skip(f"there are {parts} parts here")
+    others = ()
     if is_few(h_q):  # sequences of WHOLE_PAGES would stay whole
         pages_of_each = FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
+    elif WIDE_SPLITS < splits <= 2 * WIDE_SPLITS:  # of fewer pages they would take one more
+        pages_of_each = SHORT_SPLIT
+        others = (parts % splits * pages_of_each * PAGE_SIZE,)  # for the parts that are left
     else:  # and those on which a merge would save nothing
         pages_of_each = 1 if splits > PARTIAL_COST + 1 else PARTIAL_COST + 1
-    case = Case((splits * pages_of_each * PAGE_SIZE - 5,) * (parts // splits), h_q=h_q)
+    of_so_many = (splits * pages_of_each * PAGE_SIZE - 5,) * (parts // splits)
+    case = Case(of_so_many + others, h_q=h_q)
     inputs = make_inputs(case, device)
     _, num_splits = get_mla_metadata(inputs.cache_seqlens, h_q, 1)
-    assert num_splits.diff().tolist() == [splits] * len(case.lengths)
+    assert num_splits.diff().tolist()[: len(of_so_many)] == [splits] * len(of_so_many)
     assert_agree(run(case, inputs), expected(case, inputs))
 
 
