@@ -52,3 +52,10 @@ def test_demo_with_a_model_without_tokenizer_says_that_it_asks_the_recall_task()
 def test_demo_needs_a_prompt():
     with pytest.raises(SystemExit, match="--prompts is 0, expected at least 1"):
         main(["demo", "--prompts", "0"])
+
+
+@pytest.mark.parametrize(
+    "lengths, words", [([3460], "3,460"), ([7, 7], "7"), ([900, 1500, 800], "800 to 1,500")]
+)
+def test_prompt_lengths_are_a_range_only_where_they_differ(lengths, words):
+    assert demo.span(lengths) == words

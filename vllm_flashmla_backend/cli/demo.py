@@ -100,6 +100,12 @@ def answer(llm: LLM, prompts: list[RecallPrompt]) -> tuple[list[str], float]:
     return [output.outputs[0].text for output in outputs], seconds
 
 
+def span(lengths: list[int]) -> str:
+    """`500 to 4,000`, or the one number where all are the same."""
+    least, most = min(lengths), max(lengths)
+    return f"{least:,} to {most:,}" if least < most else f"{most:,}"
+
+
 def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -> Table:
     """The table that the demo ends with."""
     from ..bench.serve_engine import attention_class
@@ -113,7 +119,7 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     table = Table(title="FLASHMLA demo", show_header=False)
     share = f"{right / len(prompts):.1%}"
     table.add_row("answered right", f"{right} of {count(len(prompts), 'prompt')} ({share})")
-    table.add_row("prompt lengths", f"{min(lengths):,} to {max(lengths):,} tokens")
+    table.add_row("prompt lengths", f"{span(lengths)} tokens")
     table.add_row(
         "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
     )
