@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import BACKEND
 from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
 from ..words import count
 from .environment import VLLM, describe, installed_version
+from .results import console_for_tables
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     require_flashmla(llm)
     completions, seconds = answer(llm, prompts)
     right = sum(is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True))
-    Console().print(summary(llm, prompts, right, seconds))
+    console_for_tables().print(summary(llm, prompts, right, seconds))
     return 0 if right / len(prompts) >= LEAST_RIGHT else 1
 
 
