@@ -154,6 +154,7 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query
         (["--lens", "5", "--parts", "-1"], "--parts is -1, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "0"], "--parts is 0, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "65537"], "--parts is 65537, expected 1 to 65,536"),
+        (["--lens", "5", "--parts", "2049", "--out", "x.png"], "expected 1 to 2,048 with --out"),
         (["--lens", "5", "--parts", "100000000000"], "--parts is 100000000000, expected 1 to 65,536"),
     ],
 )
