@@ -71,6 +71,25 @@ def test_must_and_goal(case, ours_us, best_us, must, goal):
     assert (comparison.must_reached, comparison.goal_reached) == (must, goal)
 
 
+@pytest.mark.parametrize(
+    "case, ours_us, best_us, goal, marked",
+    [
+        (Case(1, 1, 8192, 16), 13.0, 26.0, "1.50 ✗", ["13.0✗"]),
+        (Case(1, 1, 8192, 16), 10.0, 11.0, "1.50 ✗", []),  # for the ratio alone
+        (Case(128, 1, 16384, 128, "normal"), 1000.0, 1200.0, "1.08 ✗", ["567✗"]),
+        (Case(128, 1, 16384, 16, "normal"), 700.0, 710.0, "1.20 ✗", ["3357✗"]),
+        (Case(128, 1, 16384, 128, "normal"), 800.0, 1000.0, "1.08 ✓", []),
+    ],
+)
+def test_figure_that_misses_a_goal_of_its_own_is_marked(case, ours_us, best_us, goal, marked):
+    console = Console(width=120)
+    with console.capture() as said:
+        console.print(report.summary(results(row(case, "ours", ours_us), row(case, "fa3", best_us))))
+    (line,) = (line for line in said.get().splitlines() if f" {case} " in line)
+    assert goal in line
+    assert re.findall(r"[\d.]+✗", line) == marked
+
+
 def test_wrong_result_of_ours_reaches_nothing_and_fails_the_run(tmp_path, capsys):
     case = Case(1, 1, 8192, 16)
     path = tmp_path / "wrong.json"

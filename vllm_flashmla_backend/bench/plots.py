@@ -244,8 +244,9 @@ def _explain(comparison: Comparison) -> str:
         return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
     best = comparison.best
     words = f"{comparison.ratio:.3f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
-    missed = comparison.lacking if comparison.ratio >= comparison.targets.goal else None
-    return f"{words}; {missed}" if missed else words
+    if comparison.lacking and comparison.ratio >= comparison.targets.goal:
+        words += f"; {comparison.lacking[1]}"
+    return words
 
 
 def _has(comparisons: list[Comparison], regime: str) -> bool:
