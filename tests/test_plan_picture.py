@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,17 @@ def test_parts_follow_the_heads(monkeypatch, capsys):
 def test_few_heads_leave_half_of_the_parts_idle_where_pages_are_few(heads, busy, capsys):
     assert main(["plan", "--lens", "8192", "--heads", str(heads), "--parts", "132"]) == 0
     assert f"{busy} of 132 parts busy" in capsys.readouterr().out
+
+
+def test_idle_parts_are_as_the_docs_have_them(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "num_sms", lambda: 132)
+    page = (Path(__file__).parents[1] / "docs" / "pages-and-plan.md").read_text()
+    examples = re.findall(r"^\| `(--lens .*?)` \| (\d+) of (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert len(examples) == 5
+    for options, busy, parts, pages in examples:
+        assert main(["plan", *options.split()]) == 0
+        said = capsys.readouterr().out
+        assert re.search(f"; {busy} of {parts} parts busy, {pages} pages? at most", said), options
 
 
 @pytest.mark.parametrize(
