@@ -5,6 +5,7 @@ Where there are many cases, one alone: the ratios over how much is read.
 
 from __future__ import annotations
 
+import re
 from math import inf
 from pathlib import Path
 
@@ -254,5 +255,10 @@ def _has(comparisons: list[Comparison], regime: str) -> bool:
 
 
 def _title(name: str, results: dict) -> str:
-    known = [str(results[key]) for key in ("gpu", "date", "commit") if results.get(key)]
-    return f"MLA decode, {name}: {', '.join(known)}"
+    return f"MLA decode, {name}: {origin(results)}"
+
+
+def origin(results: dict) -> str:
+    """Machine, date and commit, as far as the file has them; of a commit its first 7 digits."""
+    known = [results.get("gpu") or results.get("device"), results.get("date"), results.get("commit")]
+    return ", ".join(re.sub(r"(?<=\b[0-9a-f]{7})[0-9a-f]+", "", str(each)) for each in known if each)
