@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from vllm_flashmla_backend.bench import cases, measure, plots, report
@@ -150,13 +152,35 @@ def test_pictures_show_every_case(tmp_path, capsys):
     assert [bar.get_width() for bar in bars.axes[0].patches] == [each.ratio for each in comparisons]
 
 
+def test_regimes_are_named_once_each_beside_their_first_case():
+    bars = plots.ratio_bars(all_rows())
+    named = [text for text in bars.axes[0].texts if text.get_text() in REGIMES]
+    assert [text.get_text() for text in named] == list(REGIMES)
+    first = [cases.ROWS["all"].index(regime.cases[0]) for regime in REGIMES.values()]
+    assert [text.get_position()[1] for text in named] == first
+    assert not set(REGIMES) & {text.get_text() for text in bars.legends[0].get_texts()}
+
+
+@pytest.mark.parametrize("intensities", [[30.0] * 9, [30.0, 29.0, 31.0] * 3], ids=["one", "three"])
+def test_numbers_of_near_points_do_not_overlap(intensities):
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlim=(10, 1000), ylim=(10, 1000))
+    plots._number_points(axes, sorted((x, 100.0 + i, 10 + i, "k") for i, x in enumerate(intensities)))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 9
+    boxes = [box.padded(0, -box.height / 7) for box in boxes]  # a line has room for more than digits
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
 def test_bar_past_its_goal_that_misses_it_says_what_else_is_asked_for():
     from vllm_flashmla_backend.bench import plots
 
     slow = row(TABLE[0], "ours", 1000.0) | {"tflops": 500.0}
     bars = plots.ratio_bars(results(slow, row(TABLE[0], "fa3", 2000.0)))
-    (said,) = (text.get_text() for text in bars.axes[0].texts)
-    assert said == "2.000   1000.0 µs, fa3 2000.0 µs; goal 660 TFLOP/s, ours 500"
+    said = [text.get_text() for text in bars.axes[0].texts]
+    assert "2.000   1000.0 µs, fa3 2000.0 µs; goal 660 TFLOP/s, ours 500" in said
 
 
 def test_a_part_of_the_table_is_not_held_against_the_mean_asked_of_all():
