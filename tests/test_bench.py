@@ -105,7 +105,12 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
         (["--serve", "--rows", "all"], "--rows: not for `bench --serve`"),
         (["--tails", "--no-plots", "--batches", "1"], "--no-plots, --batches: not for `bench --tails`"),
         (["--row-seconds", "3"], "--row-seconds: not for `bench`"),
-        (["--plot", "r.json", "--out", "d"], "--out: not for `bench --plot`, which draws beside FILE.json"),
+        (["--plot", "r.json", "--repeat", "3"], "--repeat: not for `bench --plot`"),
+        (
+            ["--plot", "a/r.json", "--out", "b"],
+            "not for `bench --plot`, which measures nothing; pictures go ",
+        ),
+        (["--plot", "a/r.json", "--heads", "16"], "which measures nothing; pictures go beside a/r.json"),
         (["--serve", "--plot", "r.json", "--heads", "16"], "--heads: not for `bench --serve --plot`"),
         (["--plot", "/nowhere/r.json"], "/nowhere/r.json: No such file or directory; expected a results"),
     ],

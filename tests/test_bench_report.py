@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from vllm_flashmla_backend.bench import cases, measure, plots, report
@@ -71,12 +73,23 @@ def test_must_and_goal(case, ours_us, best_us, must, goal):
     assert (comparison.must_reached, comparison.goal_reached) == (must, goal)
 
 
-def test_what_is_missed_of_a_goal_whose_ratio_is_reached_is_said():
-    case = Case(1, 1, 8192, 16)
-    for best_us, words in ((26.0, ["its ratio reaches the goal; goal 12 µs"]), (14.0, [])):
-        made = results(row(case, "ours", 13.0), row(case, "fa3", best_us))
-        lines = [str(line) for line in report.summary(made).renderables]
-        assert [line.split(": ")[1] for line in lines if line.startswith(f"{case}: ")] == words
+@pytest.mark.parametrize(
+    "case, ours_us, best_us, goal, marked",
+    [
+        (Case(1, 1, 8192, 16), 13.0, 26.0, "1.50 ✗", ["13.0✗"]),
+        (Case(1, 1, 8192, 16), 10.0, 11.0, "1.50 ✗", []),  # for the ratio alone
+        (Case(128, 1, 16384, 128, "normal"), 1000.0, 1200.0, "1.08 ✗", ["567✗"]),
+        (Case(128, 1, 16384, 16, "normal"), 700.0, 710.0, "1.20 ✗", ["3357✗"]),
+        (Case(128, 1, 16384, 128, "normal"), 800.0, 1000.0, "1.08 ✓", []),
+    ],
+)
+def test_figure_that_misses_a_goal_of_its_own_is_marked(case, ours_us, best_us, goal, marked):
+    console = Console(width=120)
+    with console.capture() as said:
+        console.print(report.summary(results(row(case, "ours", ours_us), row(case, "fa3", best_us))))
+    (line,) = (line for line in said.get().splitlines() if f" {case} " in line)
+    assert goal in line
+    assert re.findall(r"[\d.]+✗", line) == marked
 
 
 def test_wrong_result_of_ours_reaches_nothing_and_fails_the_run(tmp_path, capsys):
@@ -139,13 +152,35 @@ def test_pictures_show_every_case(tmp_path, capsys):
     assert [bar.get_width() for bar in bars.axes[0].patches] == [each.ratio for each in comparisons]
 
 
+def test_regimes_are_named_once_each_beside_their_first_case():
+    bars = plots.ratio_bars(all_rows())
+    named = [text for text in bars.axes[0].texts if text.get_text() in REGIMES]
+    assert [text.get_text() for text in named] == list(REGIMES)
+    first = [cases.ROWS["all"].index(regime.cases[0]) for regime in REGIMES.values()]
+    assert [text.get_position()[1] for text in named] == first
+    assert not set(REGIMES) & {text.get_text() for text in bars.legends[0].get_texts()}
+
+
+@pytest.mark.parametrize("intensities", [[30.0] * 9, [30.0, 29.0, 31.0] * 3], ids=["one", "three"])
+def test_numbers_of_near_points_do_not_overlap(intensities):
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlim=(10, 1000), ylim=(10, 1000))
+    plots._number_points(axes, sorted((x, 100.0 + i, 10 + i, "k") for i, x in enumerate(intensities)))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 9
+    boxes = [box.padded(0, -box.height / 7) for box in boxes]  # a line has room for more than digits
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
 def test_bar_past_its_goal_that_misses_it_says_what_else_is_asked_for():
     from vllm_flashmla_backend.bench import plots
 
     slow = row(TABLE[0], "ours", 1000.0) | {"tflops": 500.0}
     bars = plots.ratio_bars(results(slow, row(TABLE[0], "fa3", 2000.0)))
-    (said,) = (text.get_text() for text in bars.axes[0].texts)
-    assert said == "2.000   1000.0 µs, fa3 2000.0 µs; goal 660 TFLOP/s, ours 500"
+    said = [text.get_text() for text in bars.axes[0].texts]
+    assert "2.000   1000.0 µs, fa3 2000.0 µs; goal 660 TFLOP/s, ours 500" in said
 
 
 def test_a_part_of_the_table_is_not_held_against_the_mean_asked_of_all():

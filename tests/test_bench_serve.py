@@ -181,7 +181,12 @@ def test_picture_has_a_bar_for_each_peer_and_shape():
     figure = serve_plot.step_bars(results(*rows))
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
     assert heights == [[1.5], [1.5, serve_plot.TALLEST]]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["1.50", "6.00 ►"], "cut off, and marked"
+    assert "6.00" in [text.get_text() for text in figure.axes[1].texts]
+    gaps = [[line for line in axes.lines if line.get_color() == "white"] for axes in figure.axes]
+    assert list(map(len, gaps)) == [0, 1], "where a bar is cut off"
+    assert "a bar with a gap goes on" in figure.get_suptitle()
+    assert "NVIDIA H200, 2000-01-01, 0000000\n" in figure.get_suptitle()
+    assert "gap" not in serve_plot.step_bars(results(*rows[:-1])).get_suptitle()
 
 
 def test_rows_of_a_later_run_replace_those_of_the_same_shape_and_backend():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -40,13 +41,11 @@ def pip_wheel(source: Path, out: Path, **environment: str) -> subprocess.Complet
     """`pip wheel` with the compiler's output in stdout."""
     # Where the installed tvm_ffi is the one built against, pip needs to fetch nothing.
     isolation = ["--no-build-isolation"] if version("apache-tvm-ffi") == "0.1.10" else []
-    return subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *isolation, "-w", str(out), str(source)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *isolation, "-w", out, source]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(ROOT / "setup.py") as one_at_a_time:  # of pytest-xdist's processes, which share build/
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        return subprocess.run(command, env=os.environ | environment, **output)
 
 
 @pytest.fixture(scope="module")

@@ -32,3 +32,18 @@ def test_another_missing_module_is_an_error_of_its_own(monkeypatch):
     fail_with(monkeypatch, ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"))
     with pytest.raises(ModuleNotFoundError):
         main(["plan", "--lens", "1"])
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["soak", "--seconds", "x"], "argument --seconds: 'x', expected a number\n"),
+        (["soak", "--burst", "1.5"], "argument --burst: '1.5', expected a whole number\n"),
+        (["bench", "--row-seconds", "1s"], "argument --row-seconds: '1s', expected a number\n"),
+        (["demo", "--prompts", ""], "argument --prompts: '', expected a whole number\n"),
+    ],
+)
+def test_option_that_is_no_number_says_what_is_expected(command, message, capsys):
+    with pytest.raises(SystemExit):
+        main(command)
+    assert capsys.readouterr().err.endswith(message)

@@ -39,6 +39,15 @@ def test_demo_that_another_backend_would_serve_ends_before_it_asks(monkeypatch):
         main(["demo", "--prompts", "1"])
 
 
+def test_demo_with_kernels_that_there_are_not_says_which_there_are(monkeypatch):
+    monkeypatch.setenv("VLLM_FLASHMLA_KERNELS", "fastest")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # which start_engine sets
+    with pytest.raises(SystemExit, match="^VLLM_FLASHMLA_KERNELS: got 'fastest', expected one of auto, nat"):
+        main(["demo", "--prompts", "1"])
+
+
 def test_demo_without_a_model_says_which_it_expects(tmp_path):
     with pytest.raises(SystemExit, match="no config.json; expected the repository.s configs/recall"):
         main(["demo", "--model", str(tmp_path)])
@@ -52,3 +61,10 @@ def test_demo_with_a_model_without_tokenizer_says_that_it_asks_the_recall_task()
 def test_demo_needs_a_prompt():
     with pytest.raises(SystemExit, match="--prompts is 0, expected at least 1"):
         main(["demo", "--prompts", "0"])
+
+
+@pytest.mark.parametrize(
+    "lengths, words", [([3460], "3,460"), ([7, 7], "7"), ([900, 1500, 800], "800 to 1,500")]
+)
+def test_prompt_lengths_are_a_range_only_where_they_differ(lengths, words):
+    assert demo.span(lengths) == words

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vllm_flashmla_backend.cli import checks, main, report
+from vllm_flashmla_backend.cli.doctor import show
 
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -43,6 +44,15 @@ def test_broken_vllm_is_named_with_its_remedy(tmp_path):
     assert said.returncode == 1
     assert "FLASHMLA cannot run here." in said.stdout
     assert "pip uninstall torchvision torchaudio torchcodec" in said.stdout
+
+
+def test_piped_output_keeps_words_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a.dotted.name" * 8
+    show([checks.Check("FLASHMLA in vLLM", name), checks.Check("kernels", "none", f"take {name} instead")])
+    said = capsys.readouterr().out
+    assert f" {name} " in said
+    assert f"kernels: take {name} instead\n" in said
 
 
 def test_plugins_hidden_by_vllm_plugins_are_named(monkeypatch):

@@ -200,6 +200,16 @@ def test_plan_made_at_the_first_call_serves_the_next(device):
     assert torch.equal(first[0], second[0])
 
 
+def test_on_a_cpu_a_plan_for_other_heads_serves():
+    """The README says so: it has the same 16 parts, and takes every page once."""
+    case = Case((500, 1, 200), h_q=16)
+    inputs = make_inputs(case, torch.device("cpu"))
+    plan, splits = get_mla_metadata(inputs.cache_seqlens, 128, 1, 128)
+    assert not torch.equal(plan, get_mla_metadata(inputs.cache_seqlens, 16, 1, 16)[0])
+    tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    assert_agree(flash_mla_with_kvcache(*tensors, 512, plan, splits), expected(case, inputs))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("h_q", [16, 20, 44, 128])
 def test_sequences_with_different_query_lengths_agree_with_one_at_a_time(h_q, causal, device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,17 @@ def test_few_heads_leave_half_of_the_parts_idle_where_pages_are_few(heads, busy,
     assert f"{busy} of 132 parts busy" in capsys.readouterr().out
 
 
+def test_idle_parts_are_as_the_docs_have_them(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "num_sms", lambda: 132)
+    page = (Path(__file__).parents[1] / "docs" / "pages-and-plan.md").read_text()
+    examples = re.findall(r"^\| `(--lens .*?)` \| (\d+) of (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert len(examples) == 5
+    for options, busy, parts, pages in examples:
+        assert main(["plan", *options.split()]) == 0
+        said = capsys.readouterr().out
+        assert re.search(f"; {busy} of {parts} parts busy, {pages} pages? at most", said), options
+
+
 @pytest.mark.parametrize(
     "heads, query_len, level, chunks",
     [
@@ -154,6 +166,7 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query
         (["--lens", "5", "--parts", "-1"], "--parts is -1, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "0"], "--parts is 0, expected 1 to 65,536"),
         (["--lens", "5", "--parts", "65537"], "--parts is 65537, expected 1 to 65,536"),
+        (["--lens", "5", "--parts", "2049", "--out", "x.png"], "expected 1 to 2,048 with --out"),
         (["--lens", "5", "--parts", "100000000000"], "--parts is 100000000000, expected 1 to 65,536"),
     ],
 )

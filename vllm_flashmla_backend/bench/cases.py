@@ -14,7 +14,7 @@ WORDS = re.compile(
     r"b=(?P<b>[0-9]+)( s_q=(?P<s_q>[0-9]+))? s_k=(?P<s_k>[0-9]+) h=(?P<h_q>[0-9]+)"
     rf"( (?P<lengths>{'|'.join(LENGTHS)}))?( (?P<dtype>bfloat16|float16))?"
 )
-WORD = re.compile(r"(b|s_q|s_k|h)=[0-9]+|bfloat16|float16|" + "|".join(LENGTHS).replace(" ", "|"))
+WORD = re.compile(rf"(b|s_q|s_k|h)=[0-9]+|{'|'.join(LENGTHS).replace(' ', '|')}|bfloat16|float16")
 MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 - 1  # tokens of all of them, whose numbers are int32
 
 
@@ -48,9 +48,8 @@ class Case:
 
         found = WORDS.fullmatch(" ".join(text.split()))
         if found is None:
-            odd = next((f"{word!r} in " for word in text.split() if not WORD.fullmatch(word)), "")
             raise ValueError(
-                f"{odd}{text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 "
+                f"{_wrong_in(text)}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 "
                 f"normal float16'; lengths are {', '.join(LENGTHS)}"
             )
         words = {name: word for name, word in found.groupdict().items() if word}
@@ -83,6 +82,14 @@ class Case:
     def bytes_moved(self) -> int:
         """The cache read once, queries read, results written, two bytes a number."""
         return sum(self.cache_seqlens()) * 576 * 2 + self.b * self.s_q * self.h_q * (576 + 512) * 2
+
+
+def _wrong_in(text: str) -> str:
+    """Which word of a case is none, or which is lacking; else all of it, as the order of its words counts."""
+    words = text.split()
+    wrong = [repr(word) for word in words if not WORD.fullmatch(word)]
+    lacking = [f"no {name}" for name in ("b=", "s_k=", "h=") if not any(w.startswith(name) for w in words)]
+    return f"{(wrong + lacking)[0]} in {text!r}" if wrong or lacking else repr(text)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ Where there are many cases, one alone: the ratios over how much is read.
 
 from __future__ import annotations
 
-from math import inf
+import re
+from math import hypot, inf, log
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..words import count
@@ -26,8 +28,8 @@ PEER_MARKERS = {"flashmla": "s", "fa3": "^", "flashinfer": "o", "triton": "v"}
 MOST_BARS = 60  # cases that are still read one by one
 NAMED = 5  # of many cases, how many of the slowest are
 GOAL, MUST, MISSED = "#1b7f3b", "#9bd08f", "#d1495b"
-COLUMN_GAP = 1.15  # neighbours in the roofline whose intensities differ by less are numbered together
-LABEL_DISTANCE = 1.055  # least ratio of the heights of two labels in one column of the roofline
+COLUMN_GAP = 1.1  # neighbours in the roofline whose intensities differ by less are numbered together
+LABEL_DISTANCE = 1.085  # least ratio of the heights of two labels in one column of the roofline
 
 Point = tuple[float, float, int, str]  # intensity, height, number, colour
 
@@ -101,16 +103,18 @@ def _columns(points: list[Point]) -> list[list[Point]]:
 
 
 def _number_points(axes: Axes, column: list[Point]) -> None:
-    """Number a column's points, left and right of it by turns, and apart where points are close."""
-    side_x = {-1: column[0][0] / 1.06, 1: column[-1][0] * 1.06}
-    lowest = {-1: 0.0, 1: 0.0}
-    for index, (intensity, height, number, colour) in enumerate(sorted(column, key=lambda point: point[1])):
-        side = 1 if index % 2 else -1
-        lowest[side] = max(height, lowest[side] * LABEL_DISTANCE)
-        place = (side_x[side], lowest[side])
-        alignment = "left" if side > 0 else "right"
-        axes.plot([intensity, place[0]], [height, place[1]], color=colour, linewidth=0.6, zorder=1)
-        axes.text(*place, str(number), fontsize=8.5, color=colour, ha=alignment, va="center", zorder=5)
+    """Number a column's points on its nearer side, left where both are, and apart where points are close."""
+    side_x = {"right": column[0][0] / 1.055, "left": column[-1][0] * 1.06}  # by the words' alignment
+    lowest = dict.fromkeys(side_x, 0.0)
+    for intensity, height, number, colour in sorted(column, key=lambda point: point[1]):
+        places = {side: (x, max(height, lowest[side])) for side, x in side_x.items()}
+        _, side = min((hypot(log(x / intensity), log(y / height)), side) for side, (x, y) in places.items())
+        x, y = places[side]
+        lowest[side] = y * LABEL_DISTANCE
+        axes.plot([intensity, x], [height, y], color=colour, linewidth=0.6, zorder=1)
+        clear = [withStroke(linewidth=2, foreground="white")]  # of the lines and points that it lies on
+        words = {"fontsize": 8.5, "color": colour, "ha": side, "va": "center", "zorder": 5}
+        axes.text(x, y, str(number), path_effects=clear, **words)
 
 
 def _draw_ceilings(axes: Axes, ceilings: dict, intensities: list[float]) -> list[Line2D]:
@@ -140,9 +144,9 @@ def _write_key(axes: Axes, comparisons: list[Comparison]) -> None:
 def ratio_bars(results: dict) -> Figure:
     """Best peer's time ÷ ours, a bar a case, coloured by what it reaches; must and goal as marks."""
     comparisons = compare(results)
-    figure = Figure(figsize=(12, 1.9 + 0.31 * (len(comparisons) + 0.5)), layout="constrained")
+    figure = Figure(figsize=(13, 1.9 + 0.31 * (len(comparisons) + 0.5)), layout="constrained")
     axes = figure.subplots()
-    labels = []
+    labels, last = [], None
     for y, comparison in enumerate(comparisons):
         ratio = comparison.ratio or 0.0
         axes.barh(y, ratio, height=0.68, color=_colour(comparison), zorder=2)
@@ -152,6 +156,10 @@ def ratio_bars(results: dict) -> Figure:
         end = max(ratio, targets.goal)
         axes.text(end + 0.02, y, _explain(comparison), fontsize=8.5, va="center", zorder=4)
         labels.append(str(comparison.case))
+        if comparison.regime != last:  # named right of its first case
+            last = comparison.regime
+            beside = {"transform": axes.get_yaxis_transform(), "va": "center", "color": COLOURS[last]}
+            axes.text(1.01, y, last, fontsize=8.5, **beside)
     axes.axvline(1, color="#888888", linewidth=1, zorder=1)
     axes.set_yticks(range(len(labels)), labels, family="monospace", fontsize=8.5)
     for tick, comparison in zip(axes.get_yticklabels(), comparisons, strict=True):
@@ -163,19 +171,16 @@ def ratio_bars(results: dict) -> Figure:
     cases = count(len(of_mean), "case")
     suffix = f"; geometric mean {geometric_mean(of_mean):.3f} over {cases}" if of_mean else ""
     axes.set_title(_title("ratio to the best peer", results) + suffix, fontsize=10.5)
-    regimes = [name for name in REGIMES if _has(comparisons, name)]  # named in the colour of their cases
-    handles = [
-        Patch(color=GOAL, label="goal reached"),
-        Patch(color=MUST, label="must reached"),
-        Patch(color=MISSED, label="missed"),
-        Line2D([], [], color="black", label="must"),
-        Line2D([], [], color="black", linestyle=":", label="goal"),
-    ]
     figure.legend(
-        handles=handles + [Patch(alpha=0, label=name) for name in regimes],
-        labelcolor=["black"] * len(handles) + [COLOURS[name] for name in regimes],
+        handles=[
+            Patch(color=GOAL, label="goal reached"),
+            Patch(color=MUST, label="must reached"),
+            Patch(color=MISSED, label="missed"),
+            Line2D([], [], color="black", label="must"),
+            Line2D([], [], color="black", linestyle=":", label="goal"),
+        ],
         loc="outside lower center",
-        ncols=6,
+        ncols=5,
         frameon=False,
     )
     return figure
@@ -244,8 +249,9 @@ def _explain(comparison: Comparison) -> str:
         return f"ours {comparison.ours['us']:.1f} µs; no peer to compare with"
     best = comparison.best
     words = f"{comparison.ratio:.3f}   {comparison.ours['us']:.1f} µs, {best['peer']} {best['us']:.1f} µs"
-    missed = comparison.lacking_beside_ratio
-    return f"{words}; {missed}" if missed else words
+    if comparison.lacking and comparison.ratio >= comparison.targets.goal:
+        words += f"; {comparison.lacking[1]}"
+    return words
 
 
 def _has(comparisons: list[Comparison], regime: str) -> bool:
@@ -253,5 +259,10 @@ def _has(comparisons: list[Comparison], regime: str) -> bool:
 
 
 def _title(name: str, results: dict) -> str:
-    known = [str(results[key]) for key in ("gpu", "date", "commit") if results.get(key)]
-    return f"MLA decode, {name}: {', '.join(known)}"
+    return f"MLA decode, {name}: {origin(results)}"
+
+
+def origin(results: dict) -> str:
+    """Machine, date and commit, as far as the file has them; of a commit its first 7 digits."""
+    known = [results.get("gpu") or results.get("device"), results.get("date"), results.get("commit")]
+    return ", ".join(re.sub(r"(?<=\b[0-9a-f]{7})[0-9a-f]+", "", str(each)) for each in known if each)

@@ -74,20 +74,15 @@ class Comparison:
         return self.ratio is not None and self.ratio >= self.targets.goal and self.lacking is None
 
     @property
-    def lacking(self) -> str | None:
-        """What the goal asks of ours besides the ratio, if ours does not reach it."""
+    def lacking(self) -> tuple[str, str] | None:
+        """What the goal asks besides the ratio, if ours does not reach it: its column, and in words."""
         goals = (("tflops", self.targets.goal_tflops, "TFLOP/s"), ("gbps", self.targets.goal_gbps, "GB/s"))
         for name, goal, unit in goals:
             if goal and self.ours[name] < goal:
-                return f"goal {goal:g} {unit}, ours {self.ours[name]:.0f}"
+                return unit, f"goal {goal:g} {unit}, ours {self.ours[name]:.0f}"
         if self.ours["us"] > GOAL_US.get(self.case, float("inf")):
-            return f"goal {GOAL_US[self.case]:g} µs"
+            return OURS, f"goal {GOAL_US[self.case]:g} µs"
         return None
-
-    @property
-    def lacking_beside_ratio(self) -> str | None:
-        """Likewise, but only where the ratio reaches its goal, and the table's ✗ is for this alone."""
-        return self.lacking if self.ratio is not None and self.ratio >= self.targets.goal else None
 
 
 def compare(results: dict) -> list[Comparison]:
@@ -189,7 +184,11 @@ def _cells(comparison: Comparison, ceilings: dict) -> dict[str, Text | str]:
     cells = {"case": str(comparison.case)} | {peer: _time(comparison, peer) for peer in comparison.rows}
     if comparison.best:
         cells[BEST] = f"{comparison.best['peer']} {comparison.best['us']:.1f}"
-    return cells | _verdict(comparison) | _figures(comparison, ceilings)
+    cells |= _verdict(comparison) | _figures(comparison, ceilings)
+    if comparison.ratio and comparison.lacking:
+        column, _ = comparison.lacking
+        cells[column] = Text(f"{cells[column]}✗", style="red")  # with a space, 120 columns would not do
+    return cells
 
 
 def _time(comparison: Comparison, peer: str) -> Text:
@@ -266,7 +265,7 @@ def _goal(regime: Regime) -> str:
 def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
     yield Text(
         "must and goal: the speed asked of each regime, as the best peer's time ÷ ours; "
-        "some goals ask for TFLOP/s, GB/s or µs besides"
+        "some goals ask for TFLOP/s, GB/s or µs besides: ✗ marks ours where it misses that"
     )
     table_cases = [comparison for comparison in comparisons if comparison.regime != ALSO]
     mean = geometric_mean(table_cases)
@@ -291,9 +290,6 @@ def _lines(results: dict, comparisons: list[Comparison]) -> Iterator[Text]:
         f"bf16 product {ceilings['product_tflops']:.0f} TFLOP/s; "
         f"a kernel of one element takes {ceilings['floor_us']:.1f} µs"
     )
-    for comparison in comparisons:
-        if comparison.lacking_beside_ratio:
-            yield Text(f"{comparison.case}: its ratio reaches the goal; {comparison.lacking_beside_ratio}")
     for plan in results.get("plan", ()):
         reached = _reached(plan["us"] <= plan["must_us"], f"{plan['must_us']:g}")
         yield Text.assemble(f"plan for b={plan['b']}: {plan['us']:.2f} µs, at most ", reached)

@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..words import count
-from .plots import GOAL, MISSED
+from .plots import GOAL, MISSED, origin
 from .report import OURS
 from .serve_report import LEFT_OUT, MUST, StepComparison, backends_of, compare, timing
 
 PEER_COLOURS = ("#1d4e89", "#e07a00", "#7d8597", "#7b2d8b")
 NOT_COMPARED = "#777777"
 TALLEST = 2.0  # where a bar is cut off: one that is many times slower would flatten the others
+GAP = 1.6  # where its gap is, below the bar's number
+GAP_EXPLAINED = "\na bar with a gap goes on, to the number in it"
 
 
 def draw(results: dict, path: Path) -> Path:
@@ -36,11 +38,11 @@ def step_bars(results: dict) -> Figure:
         _draw_steps(axes, [comparison for comparison in comparisons if comparison.h == h], peers)
         axes.set_ylabel(f"{h} heads: time ÷ ours")
     layers = results["model"]["layers"]
-    made = results.get("gpu") or results.get("device"), results.get("date"), results.get("commit")
+    is_cut = any(_ratio(each, peer) > TALLEST for each in comparisons if each.ours for peer in each.rows)
     figure.suptitle(
-        f"decode step of vLLM, {count(layers, 'layer')}, the {timing(results)}: "
-        f"{', '.join(filter(None, made))}\n"
+        f"decode step of vLLM, {count(layers, 'layer')}, the {timing(results)}: {origin(results)}\n"
         "above 1: ours is faster; below each group ours in ms, and best peer ÷ ours; * attention-bound"
+        f"{GAP_EXPLAINED if is_cut else ''}"
     )
     figure.legend(
         handles=[Patch(color=PEER_COLOURS[i], label=peer) for i, peer in enumerate(peers)],
@@ -59,14 +61,16 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
             words = {"ha": "center", "fontsize": 7.5, "rotation": 90, "zorder": 4}
             if peer in comparison.left_out:
                 axes.text(place, 0.03, LEFT_OUT, va="bottom", color=NOT_COMPARED, **words)
-            if not (comparison.ours and (row := comparison.rows.get(peer))):
+            if not (comparison.ours and peer in comparison.rows):
                 continue
-            ratio = row[comparison.by] / comparison.ours[comparison.by]
+            ratio = _ratio(comparison, peer)
             axes.bar(place, min(ratio, TALLEST), width * 0.94, color=PEER_COLOURS[index], zorder=2)
+            if ratio > TALLEST:
+                gap = {"color": "white", "linewidth": 3, "zorder": 3}
+                axes.plot([place - width / 2, place + width / 2], [GAP, GAP + 0.04], **gap)
             if ratio > 0.9 * TALLEST:  # no room above the bar
                 top = min(ratio, TALLEST) - 0.03
-                cut = " ►" if ratio > TALLEST else ""  # upwards, as the text stands
-                axes.text(place, top, f"{ratio:.2f}{cut}", va="top", color="white", **words)
+                axes.text(place, top, f"{ratio:.2f}", va="top", color="white", **words)
             else:
                 clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of the line at 1
                 axes.text(place, ratio + 0.02, f"{ratio:.2f}", va="bottom", bbox=clear, **words)
@@ -77,6 +81,10 @@ def _draw_steps(axes: Axes, comparisons: list[StepComparison], peers: list[str])
     axes.set(ylim=(0, TALLEST * 1.02), xlim=(-0.6, len(comparisons) - 0.4))
     axes.grid(True, axis="y", color="#e8e8e8")
     axes.set_axisbelow(True)
+
+
+def _ratio(comparison: StepComparison, peer: str) -> float:
+    return comparison.rows[peer][comparison.by] / comparison.ours[comparison.by]
 
 
 def _colour(comparison: StepComparison) -> str:

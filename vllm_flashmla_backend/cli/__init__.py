@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 
 from ..processes import ended_by_signals
 from . import bench, demo, doctor, plan, soak
@@ -24,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command.register("type", int, _read_as(int, "a whole number"))
+        command.register("type", float, _read_as(float, "a number"))
+        module.add_arguments(command)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # said with the command's usage, not with that of all
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -38,3 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         if error.name not in WITH_VLLM:
             raise
         raise SystemExit(f"{error}; `vllm-flashmla doctor` says what is missing, and what to do") from error
+
+
+def _read_as(kind: type, words: str) -> Callable[[str], float]:
+    """What reads an option's number; argparse's own word on a wrong one is not what is expected instead."""
+
+    def read(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {words}") from None
+
+    return read

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE.json",
-        help="measure nothing: show and draw these results, anywhere",
+        help="measure nothing: show these results, and draw them beside the file, anywhere",
     )
     parser.add_argument(
         "--commit",
@@ -114,8 +114,11 @@ def require_own_options(args: argparse.Namespace) -> None:
     given = [name for name, default in defaults.items() if getattr(args, name) != default]
     if others := [name for name in given if name not in own]:
         names = ", ".join("--no-plots" if n == "plots" else f"--{n.replace('_', '-')}" for n in others)
-        where = ", which draws beside FILE.json" if args.plot else ""
-        raise SystemExit(f"{names}: not for `{command}`{where}; `vllm-flashmla bench --help` says what is")
+        if args.plot:
+            raise SystemExit(
+                f"{names}: not for `{command}`, which measures nothing; pictures go beside {args.plot}"
+            )
+        raise SystemExit(f"{names}: not for `{command}`; `vllm-flashmla bench --help` says what is")
 
 
 def run(args: argparse.Namespace) -> int:

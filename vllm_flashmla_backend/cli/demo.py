@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import BACKEND
 from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
 from ..words import count
-from .environment import VLLM, describe, installed_version
+from .environment import VLLM, describe, device, installed_version
+from .results import console_for_tables
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     require_flashmla(llm)
     completions, seconds = answer(llm, prompts)
     right = sum(is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True))
-    Console().print(summary(llm, prompts, right, seconds))
+    console_for_tables().print(summary(llm, prompts, right, seconds))
     return 0 if right / len(prompts) >= LEAST_RIGHT else 1
 
 
@@ -67,6 +67,7 @@ def start_engine(model: Path) -> LLM:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":  # the table is what counts
         print("starting vLLM; with VLLM_LOGGING_LEVEL=INFO it says how", file=sys.stderr)
+    require_kernels()
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -77,6 +78,16 @@ def start_engine(model: Path) -> LLM:
         gpu_memory_utilization=FREE_SHARE,
         enforce_eager=current_platform.is_cpu(),  # compiling takes a CPU longer than answering
     )
+
+
+def require_kernels() -> None:
+    """SystemExit where the chosen kernels cannot run: vLLM says so, too, at the end of a long traceback."""
+    from ..flash_mla.providers import provider_for
+
+    try:
+        provider_for(device())
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def require_flashmla(llm: LLM) -> None:
@@ -100,6 +111,12 @@ def answer(llm: LLM, prompts: list[RecallPrompt]) -> tuple[list[str], float]:
     return [output.outputs[0].text for output in outputs], seconds
 
 
+def span(lengths: list[int]) -> str:
+    """`500 to 4,000`, or the one number where all are the same."""
+    least, most = min(lengths), max(lengths)
+    return f"{least:,} to {most:,}" if least < most else f"{most:,}"
+
+
 def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -> Table:
     """The table that the demo ends with."""
     from ..bench.serve_engine import attention_class
@@ -107,20 +124,18 @@ def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -
     from ..flash_mla.schedule import PAGE_SIZE, ceil_div
 
     config = llm.llm_engine.vllm_config
-    device = config.device_config.device
     lengths = [prompt.num_tokens for prompt in prompts]
     pages = sum(ceil_div(length + ANSWER_TOKENS, PAGE_SIZE) for length in lengths)
     table = Table(title="FLASHMLA demo", show_header=False)
     share = f"{right / len(prompts):.1%}"
     table.add_row("answered right", f"{right} of {count(len(prompts), 'prompt')} ({share})")
-    ends = dict.fromkeys((min(lengths), max(lengths)))  # one number where all are equal
-    table.add_row("prompt lengths", f"{' to '.join(f'{end:,}' for end in ends)} tokens")
+    table.add_row("prompt lengths", f"{span(lengths)} tokens")
     table.add_row(
         "tokens per second", f"{sum(lengths) / seconds:,.0f} of the prompts, {seconds:.1f} s in all"
     )
     table.add_row("pages used", f"{pages:,}, of {PAGE_SIZE} tokens each")
     table.add_row("vLLM", installed_version(*VLLM))
-    table.add_row("device", describe(device))
+    table.add_row("device", describe(config.device_config.device))
     table.add_row("backend", attention_class(config))
-    table.add_row("kernels", provider_for(device).name)
+    table.add_row("kernels", provider_for(config.device_config.device).name)
     return table

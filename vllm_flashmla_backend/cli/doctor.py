@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import report
 from .checks import Check, examine
-from .results import WIDTH
+from .results import console_for_tables
 
 HELP = "say what is installed, whether FLASHMLA can run here, and what to do where it cannot"
 
@@ -43,10 +43,8 @@ def show(checks: list[Check]) -> None:
     table.add_column(overflow="fold")  # a class's dotted name is of use only whole
     for check in checks:
         table.add_row("[red]wrong[/]" if check.remedy else "[green]ok[/]", check.name, check.found)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = console_for_tables()
     console.print(table)
     for check in wrong:
-        console.print(f"{check.name}: {check.remedy}", markup=False, highlight=False)
+        console.print(f"{check.name}: {check.remedy}", markup=False, highlight=False, soft_wrap=True)
     console.print("FLASHMLA cannot run here." if wrong else "FLASHMLA can run here.")

@@ -25,6 +25,7 @@ HELP = "draw which part of the GPU works on which pages of which sequence, in th
 HOPPER_SMS = 132
 LONGEST = 2**31 - 1  # lengths are int32
 MOST_PARTS = 65_536  # hundreds of times what a GPU runs at once
+MOST_DRAWN = 2048  # as bars: 10 s, and 47,000 pixels high, of 65,535 that matplotlib can write
 WIDEST, NARROWEST = 60, 10  # columns of the longest part's bar
 LEGEND = "sequence[first:end) is that sequence's pages from first to before end; both count from 0"
 SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue", "red")  # sequences take turns
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts",
         type=int,
         metavar="N",
-        help=f"parts to plan for, up to {MOST_PARTS:,} (default: as many as this GPU runs at once, "
-        f"or one of {HOPPER_SMS} SMs where there is none)",
+        help=f"parts to plan for, up to {MOST_PARTS:,}, with --out {MOST_DRAWN:,} (default: as many as this "
+        f"GPU runs at once, or one of {HOPPER_SMS} SMs where there is none)",
     )
     parser.add_argument(
         "--batch-invariant", action="store_true", help="the plan that vLLM's VLLM_BATCH_INVARIANT=1 gets"
@@ -63,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
     require_heads(args.heads)
     if not 1 <= args.query_len <= LONGEST_DECODED:
         raise SystemExit(f"--query-len is {args.query_len}, expected 1 to {LONGEST_DECODED}")
-    if args.parts is not None and not 1 <= args.parts <= MOST_PARTS:
-        raise SystemExit(f"--parts is {args.parts}, expected 1 to {MOST_PARTS:,}")
+    most_parts = MOST_DRAWN if args.out else MOST_PARTS
+    if args.parts is not None and not 1 <= args.parts <= most_parts:
+        raise SystemExit(
+            f"--parts is {args.parts}, expected 1 to {most_parts:,}" + " with --out" * bool(args.out)
+        )
     rows = args.heads * args.query_len
     sms = None if args.parts else num_sms()
     tiling = row_tiling(args.query_len, args.heads, 1)

@@ -129,13 +129,17 @@ def results_in(path: Path, read: Callable[[Path], dict]) -> dict:
         raise SystemExit(str(error)) from error
 
 
+def console_for_tables() -> Console:
+    """As wide as the terminal; where the output goes elsewhere, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
 def show_tables(
     path: Path, read: Callable[[Path], dict], summary: Callable[[dict], RenderableType]
 ) -> tuple[dict, Console]:
     """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
-    results, console = results_in(path, read), Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    results, console = results_in(path, read), console_for_tables()
     console.print(summary(results))
     console.print(f"results: {path}", soft_wrap=True)
     return results, console

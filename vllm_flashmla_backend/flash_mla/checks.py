@@ -170,7 +170,8 @@ def check_plan_buffers(
     b: int,
     device: torch.device,
 ) -> None:
-    """(parts, 8) and (b + 1,) int32, contiguous: a plan for other heads or another batch differs there."""
+    """(parts, 8) and (b + 1,) int32, contiguous: a plan for another batch differs there, and on a GPU one for
+    heads that have another number of parts."""
     check_rank("tile_scheduler_metadata", tile_scheduler_metadata, 2)
     rows = tile_scheduler_metadata.shape[0]
     rows = rows if rows in parts else parts[0]
