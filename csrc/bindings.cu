@@ -121,13 +121,14 @@ CUtensorMap make_map(const char* name, const TensorView& tensor, std::array<int,
 }
 
 void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView num_splits, int64_t chunk_level,
-          bool few_rows) {
+          int64_t rows) {
     const int64_t batch = seq_lens.numel();
     check("cache_seqlens", seq_lens, {batch}, kDLInt, 32);
     check("tile_scheduler_metadata", tile_scheduler_metadata, {-1, kMetadataWidth}, kDLInt, 32);
     check("num_splits", num_splits, {batch + 1}, kDLInt, 32);
     check_plan(tile_scheduler_metadata);
     check_chunk_level(chunk_level);
+    MLA_CHECK(rows > 0, "rows_per_kv_head: got " << rows << ", expected 1 or more");
     MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous(),
               "cache_seqlens and num_splits must be contiguous");
     const PlanParams params{.seq_lens = data<int>(seq_lens),
@@ -136,7 +137,8 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
                             .batch = static_cast<int>(batch),
                             .num_parts = static_cast<int>(tile_scheduler_metadata.size(0)),
                             .chunk_level = static_cast<int>(chunk_level),
-                            .few_rows = few_rows};
+                            .few_rows = rows <= kFewRows,
+                            .full_tiles = ceil_div(rows, ceil_div(rows, kTileRows)) > kFullTile};
     if (chunk_level > 0) {
         launch_plan_chunks(params, current_stream(seq_lens));
     } else {

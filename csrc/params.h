@@ -27,6 +27,7 @@ constexpr unsigned kFewPages = 4;     // FEW_PAGES there
 constexpr unsigned kWholePages = 16;  // WHOLE_PAGES there
 constexpr unsigned kWideSplits = 13;  // WIDE_SPLITS there
 constexpr unsigned kShortSplit = 4;   // SHORT_SPLIT there
+constexpr int kFullTile = 48;         // FULL_TILE there
 
 enum class DType { kBFloat16, kHalf };
 
@@ -50,7 +51,8 @@ struct PlanParams {
     int batch;
     int num_parts;
     int chunk_level;  // 0: cut anywhere
-    bool few_rows;
+    bool few_rows;    // is_few() of schedule.py
+    bool full_tiles;  // is_full() there
 };
 
 // Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.

@@ -120,6 +120,9 @@ def nan_results(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.T
     return out[:, :, extra:], lse
 
 
+PLAIN_ROWS = 40  # neither few nor full tiles: the planner has no rule for them alone
+
+
 def run(
     case: Case, inputs: Inputs, batch_invariant: bool = False, parts: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +131,7 @@ def run(
     if parts is not None:
         metadata.zero_()[:, schedule.Field.FIRST_SEQ] = len(case.lengths)  # idle
         level = schedule.chunk_level(case.s_q * case.h_q // case.h_kv, batch_invariant)
-        planned, counted = schedule.plan(case.lengths, parts, level)
+        planned, counted = schedule.plan(case.lengths, parts, level, PLAIN_ROWS)
         metadata[:parts], num_splits[:] = planned, counted
     out, lse = nan_results(case, inputs.q_nope.device)
     return flash_mla_decode(

@@ -18,6 +18,7 @@ import torch
 from mla_cases import (
     CUT,
     MIXED,
+    PLAIN_ROWS,
     SCALE,
     Case,
     add_growing_scores,
@@ -269,7 +270,7 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
     parts = num_parts(device, 1, h_q, 1)
     case = Case((parts * PAGE_SIZE - 5,), h_q=h_q)
     inputs = make_inputs(case, device)
-    assert schedule.plan(case.lengths, parts)[1].tolist() == [0, parts]
+    assert schedule.plan(case.lengths, parts, 0, PLAIN_ROWS)[1].tolist() == [0, parts]
     assert_agree(run(case, inputs, parts=parts), expected(case, inputs))
 
 
@@ -278,7 +279,7 @@ def test_splits_of_one_page_are_merged_though_no_plan_for_few_rows_has_so_many(h
 def test_splits_are_merged_whether_or_not_the_last_ones_part_goes_on(case, h_q, device):
     """A part that goes on with another sequence leaves the merge to those that end with it."""
     lengths, parts, count, goes_on = case
-    splits = schedule.splits_of(schedule.plan(lengths, parts)[0], lengths)
+    splits = schedule.splits_of(schedule.plan(lengths, parts, 0, PLAIN_ROWS)[0], lengths)
     last_seq = {split.part: split.seq for split in splits}  # of each part
     last = next(one for one in splits if one.splits > 1 and one.split == one.splits - 1)
     assert last.splits == count and (last_seq[last.part] != last.seq) == goes_on

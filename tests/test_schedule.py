@@ -19,16 +19,19 @@ from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
     FEW_PAGES,
     FEW_ROWS,
+    FULL_TILE,
     METADATA_WIDTH,
     PAGE_SIZE,
     PARTIAL_COST,
     SHORT_SPLIT,
     START_COST,
+    TILE_ROWS,
     WHOLE_PAGES,
     WIDE_SPLITS,
     Field,
     ceil_div,
     is_few,
+    is_full,
     partial_slots,
     plan,
     splits_of,
@@ -40,6 +43,7 @@ LENGTHS = st.lists(
     max_size=70,
 )
 PARTS = st.integers(1, 140)
+ROWS = st.sampled_from([FEW_ROWS, 40, TILE_ROWS])
 
 
 def shares(lengths: list[int], parts: int) -> list[list[int]]:
@@ -74,13 +78,13 @@ def least_split_length(lengths: list[int], parts: int) -> float:
     return low
 
 
-def is_cut(lengths: list[int], parts: int, few_rows: bool = False) -> bool:
-    return int(plan(lengths, parts, 0, few_rows)[1][-1]) > len(lengths)
+def is_cut(lengths: list[int], parts: int, rows: int = TILE_ROWS) -> bool:
+    return int(plan(lengths, parts, 0, rows)[1][-1]) > len(lengths)
 
 
-@given(LENGTHS, PARTS, st.booleans())
-def test_every_page_is_planned_once_and_in_order(lengths, parts, few_rows):
-    metadata, _ = plan(lengths, parts, 0, few_rows)
+@given(LENGTHS, PARTS, ROWS)
+def test_every_page_is_planned_once_and_in_order(lengths, parts, rows):
+    metadata, _ = plan(lengths, parts, 0, rows)
     pages_of = {seq: [] for seq in range(len(lengths))}
     for split in splits_of(metadata, lengths):
         assert split.split == len(pages_of[split.seq]), "a sequence's splits are numbered in page order"
@@ -136,9 +140,9 @@ def test_a_split_of_several_is_not_shorter_than_what_it_costs(lengths, parts):
         assert all(s.splits == 1 or s.page_end - s.page_begin > PARTIAL_COST for s in found)
 
 
-@given(LENGTHS, PARTS, st.booleans())
-def test_num_splits_counts_the_splits(lengths, parts, few_rows):
-    metadata, num_splits = plan(lengths, parts, 0, few_rows)
+@given(LENGTHS, PARTS, ROWS)
+def test_num_splits_counts_the_splits(lengths, parts, rows):
+    metadata, num_splits = plan(lengths, parts, 0, rows)
     counts = [0] * len(lengths)
     for split in splits_of(metadata, lengths):
         counts[split.seq] += 1
@@ -147,11 +151,11 @@ def test_num_splits_counts_the_splits(lengths, parts, few_rows):
     assert metadata.dtype == num_splits.dtype == torch.int32
 
 
-@given(LENGTHS, PARTS, st.booleans())
-def test_idle_parts_are_marked_and_come_last_where_sequences_are_cut(lengths, parts, few_rows):
-    metadata, _ = plan(lengths, parts, 0, few_rows)
+@given(LENGTHS, PARTS, ROWS)
+def test_idle_parts_are_marked_and_come_last_where_sequences_are_cut(lengths, parts, rows):
+    metadata, _ = plan(lengths, parts, 0, rows)
     busy = {split.part for split in splits_of(metadata, lengths)}
-    if is_cut(lengths, parts, few_rows):
+    if is_cut(lengths, parts, rows):
         assert busy == set(range(len(busy)))
     idle = [0] * METADATA_WIDTH
     idle[Field.FIRST_SEQ] = len(lengths)
@@ -162,15 +166,15 @@ def test_idle_parts_are_marked_and_come_last_where_sequences_are_cut(lengths, pa
 def test_an_idle_part_amid_few_rows_means_that_all_later_ones_are(lengths, parts):
     """loader.cuh's half_is_idle looks at the first part of the last half alone, up to a sequence a part."""
     lengths = lengths[:parts]
-    metadata, _ = plan(lengths, parts, 0, few_rows=True)
+    metadata, _ = plan(lengths, parts, 0, rows_per_kv_head=FEW_ROWS)
     half = min(parts - 1, (parts + 1) // 2)
     idle = (metadata[half:, Field.FIRST_SEQ] >= len(lengths)).tolist()
     assert all(idle) or not idle[0]
 
 
-@given(LENGTHS, PARTS, st.booleans())
-def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, few_rows):
-    metadata, _ = plan(lengths, parts, 0, few_rows)
+@given(LENGTHS, PARTS, ROWS)
+def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, rows):
+    metadata, _ = plan(lengths, parts, 0, rows)
     partial = [split for split in splits_of(metadata, lengths) if split.splits > 1]
     assert len({split.slot for split in partial}) == len(partial)
     assert all(0 <= split.slot < partial_slots(len(lengths), parts, 0, 0) for split in partial)
@@ -185,7 +189,7 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     least = half = ceil_div(pages, max(1, parts // 2))
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
         least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
-    many, few = plan(lengths, parts), plan(lengths, parts, 0, few_rows=True)
+    many, few = plan(lengths, parts), plan(lengths, parts, 0, rows_per_kv_head=FEW_ROWS)
     length = least_split_length(lengths, parts)
     if length > least:
         assert all(map(torch.equal, many, few)) or length < SHORT_SPLIT
@@ -208,7 +212,10 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     ],
 )
 def test_short_splits_take_a_page_more_where_they_are_merged_all_at_once_then(batch, pages, parts, splits):
-    assert plan([pages * PAGE_SIZE] * batch, parts)[1].diff().tolist() == [splits] * batch
+    lengths = [pages * PAGE_SIZE] * batch
+    assert plan(lengths, parts)[1].diff().tolist() == [splits] * batch
+    as_ever = least_split_length(lengths, parts)
+    assert plan(lengths, parts, 0, 40)[1].diff().tolist() == [ceil_div(pages, as_ever)] * batch
 
 
 def test_one_sequence_that_would_still_have_many_splits_leaves_all_of_them_short():
@@ -221,9 +228,10 @@ def test_planner_and_kernels_agree_on_what_is_few():
     constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
     here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
     here |= {"StartCost": START_COST, "PartialCost": PARTIAL_COST, "PageSize": PAGE_SIZE}
-    here |= {"WideSplits": WIDE_SPLITS, "ShortSplit": SHORT_SPLIT}
+    here |= {"WideSplits": WIDE_SPLITS, "ShortSplit": SHORT_SPLIT, "FullTile": FULL_TILE}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
+    assert [n for n in (16, 48, 49, 64, 65, 80, 96, 97, 128, 160) if is_full(n)] == [49, 64, 97, 128, 160]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_planner_and_kernels_agree_on_what_is_few():
     ],
 )
 def test_splits_of_few_rows(lengths, splits):
-    assert plan(lengths, 132, 0, few_rows=True)[1].diff().tolist() == splits
+    assert plan(lengths, 132, 0, rows_per_kv_head=FEW_ROWS)[1].diff().tolist() == splits
 
 
 def test_a_single_part_needs_no_room_for_partial_results():
@@ -300,7 +308,7 @@ def test_plan_into_fills_the_buffers_in_place():
     lengths = torch.tensor([0, 5000, 64], dtype=torch.int32)
     metadata, num_splits = torch.full((16, 8), -7, dtype=torch.int32), torch.full((4,), -7, dtype=torch.int32)
     plan_into(lengths, metadata, num_splits, rows_per_kv_head=16)
-    want = plan(lengths.tolist(), 16, few_rows=True)
+    want = plan(lengths.tolist(), 16, rows_per_kv_head=FEW_ROWS)
     assert torch.equal(metadata, want[0])
     assert torch.equal(num_splits, want[1])
 
@@ -310,9 +318,9 @@ def test_plan_into_fills_the_buffers_in_place():
     st.lists(st.integers(0, 700), min_size=1, max_size=4),
     st.integers(1, 3),
     st.integers(2, 40),
-    st.booleans(),
+    ROWS,
 )
-def test_merging_any_split_equals_not_splitting(lengths, s_q, parts, few_rows):
+def test_merging_any_split_equals_not_splitting(lengths, s_q, parts, rows):
     case = Case(tuple(lengths), s_q=s_q, h_q=3, causal=True, dtype=torch.float32)
     inputs = make_inputs(case, torch.device("cpu"))
     results = []
@@ -323,7 +331,7 @@ def test_merging_any_split_equals_not_splitting(lengths, s_q, parts, few_rows):
             **vars(inputs),
             cu_seqlens_q=None,
             max_query_len=s_q,
-            tile_scheduler_metadata=plan(lengths, count, 0, few_rows)[0],
+            tile_scheduler_metadata=plan(lengths, count, 0, rows)[0],
             out=out,
             lse=lse,
             softmax_scale=SCALE,
@@ -351,12 +359,12 @@ def assert_kernel_plans_the_same(lengths: list[int], parts: int, rows: int, chun
     plan_into(
         torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, rows, chunk_level
     )
-    want = plan(lengths, parts, chunk_level, is_few(rows))
+    want = plan(lengths, parts, chunk_level, rows)
     assert torch.equal(metadata.cpu(), want[0]), (lengths, parts, rows, chunk_level)
     assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, rows, chunk_level)
 
 
-MODES = [(128, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
+MODES = [(128, 0), (40, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
 
 
 @pytest.mark.gpu

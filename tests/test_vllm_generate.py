@@ -61,9 +61,7 @@ def record(monkeypatch):
     def watched_plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, rows, level):
         plan_into(cache_seqlens, tile_scheduler_metadata, num_splits, rows, level)
         record.planned.append(cache_seqlens.tolist())
-        expected = schedule.plan(
-            record.planned[-1], tile_scheduler_metadata.shape[0], level, schedule.is_few(rows)
-        )
+        expected = schedule.plan(record.planned[-1], tile_scheduler_metadata.shape[0], level, rows)
         got = (tile_scheduler_metadata.cpu(), num_splits.cpu())
         record.plan_is_right.append(all(map(torch.equal, got, expected)))
         record.addresses.append((tile_scheduler_metadata.data_ptr(), num_splits.data_ptr()))

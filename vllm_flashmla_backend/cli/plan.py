@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     tiling = row_tiling(args.query_len, args.heads, 1)
     num_parts = args.parts or schedule.num_parts(sms, tiling.num_row_tiles)
     level = schedule.chunk_level(rows, args.batch_invariant)
-    metadata, _ = schedule.plan(lengths, num_parts, level, schedule.is_few(rows))
+    metadata, _ = schedule.plan(lengths, num_parts, level, rows)
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
     if args.out:
         save(draw(work, lengths), args.out)

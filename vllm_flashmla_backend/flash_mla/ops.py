@@ -46,10 +46,10 @@ def plan(
     tile_scheduler_metadata: torch.Tensor,  # (num_parts, 8) int32, filled
     num_splits: torch.Tensor,  # (b + 1) int32, filled
     chunk_level: int,
-    few_rows: bool,
+    rows_per_kv_head: int,
 ) -> None:
     """Launch the planner; `schedule.plan` says what it computes."""
-    _library().plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
+    _library().plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head)
 
 
 def decode(

@@ -172,9 +172,8 @@ def plan_into(
     check_plan_buffers(tile_scheduler_metadata, num_splits, any_number, cache_seqlens.shape[0], device)
     if device.type == "cpu":
         check_not_negative(cache_seqlens.tolist())
-    few_rows = schedule.is_few(rows_per_kv_head)
     provider_with(device, chunk_level).plan(
-        cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows
+        cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head
     )
 
 

@@ -57,7 +57,7 @@ class Provider(Protocol):
         tile_scheduler_metadata: torch.Tensor,  # (parts, 8) int32, written
         num_splits: torch.Tensor,  # (b + 1,) int32, written
         chunk_level: int,
-        few_rows: bool,  # `schedule.is_few`
+        rows_per_kv_head: int,
     ) -> None: ...
 
     def decode(self, args: DecodeArguments) -> None: ...
@@ -83,9 +83,9 @@ class NativeProvider:
             )
         self._ops, self._device = ops, device
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head) -> None:
         with torch.cuda.device(self._device):  # launches go to the current device, whatever the tensors' is
-            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows)
+            self._ops.plan(cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head)
 
     def decode(self, args: DecodeArguments) -> None:
         out_partial, weight_sums = empty_partials(args)
@@ -134,10 +134,10 @@ class ReferenceProvider:
     def __init__(self, device: torch.device) -> None:
         pass
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head) -> None:
         _refuse_capture(cache_seqlens)
         parts = tile_scheduler_metadata.shape[0]
-        metadata, splits = schedule.plan(cache_seqlens.tolist(), parts, chunk_level, few_rows)
+        metadata, splits = schedule.plan(cache_seqlens.tolist(), parts, chunk_level, rows_per_kv_head)
         tile_scheduler_metadata.copy_(metadata)
         num_splits.copy_(splits)
 
@@ -162,7 +162,7 @@ class FlashMLAProvider:
         _require_hopper(self.name, device)
         self._flash_mla = _import_flash_mla()
 
-    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, few_rows) -> None:
+    def plan(self, cache_seqlens, tile_scheduler_metadata, num_splits, chunk_level, rows_per_kv_head) -> None:
         tile_scheduler_metadata.zero_()
         num_splits.zero_()
 

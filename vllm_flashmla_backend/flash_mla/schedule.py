@@ -53,11 +53,14 @@ WHOLE_PAGES = 16
 parts: nothing to merge."""
 
 WIDE_SPLITS = 13
-"""With more than few rows, up to so many splits of a sequence are merged all at once; more take longer."""
+"""With full tiles, up to so many splits of a sequence are merged all at once; more take longer."""
+
+FULL_TILE = 48
+"""With more rows in a tile, partial results are so large that many of them take long to merge."""
 
 SHORT_SPLIT = 4
-"""With more than few rows, a split of fewer pages takes one more where all sequences then have WIDE_SPLITS or
-fewer, and would else have more: that costs less than their merge."""
+"""With full tiles, a split of fewer pages takes one more where all sequences then have WIDE_SPLITS or fewer,
+and would else have more: that costs less than their merge."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
@@ -121,6 +124,11 @@ def is_few(rows_per_kv_head: int) -> bool:
     return rows_per_kv_head <= FEW_ROWS
 
 
+def is_full(rows_per_kv_head: int) -> bool:
+    """Whether tiles are full where so many query rows that share a KV head are cut into equal ones."""
+    return ceil_div(rows_per_kv_head, ceil_div(rows_per_kv_head, TILE_ROWS)) > FULL_TILE
+
+
 def chunk_level(rows_per_kv_head: int, batch_invariant: bool) -> int:
     """How long chunks are, see `chunks`: 0 in the default mode, which has none; in the batch-invariant one 1
     for few rows, with which storing and merging one is cheap, else 2.
@@ -170,16 +178,16 @@ def _num_splits(pages: int, length: int) -> int:
     return 1 if pages <= PARTIAL_COST + 1 else ceil_div(pages, length)
 
 
-def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool) -> _Layout | None:
+def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> _Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
     The length is the least with which the parts are enough, of those up to a share of the line, or that and
     PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
     to go on with a sequence and to leave another to go on with. None if that is not enough. With more
-    sequences than parts no length will do, with fewer none below share - START_COST is better. With few rows
-    some lengths are too little: FEW_PAGES, WHOLE_PAGES.
+    sequences than parts no length will do, with fewer none below share - START_COST is better. Some
+    lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles SHORT_SPLIT.
     """
-    least = _least_of_few_rows(pages, parts) if few_rows else 1
+    least = _least_of_few_rows(pages, parts) if is_few(rows) else 1
     for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
         length = max(least, length)
         splits = [_num_splits(n, length) for n in pages]
@@ -188,7 +196,7 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, few_rows: bool
     else:
         return None
     needs_a_page_more = WIDE_SPLITS * length < max(pages) <= WIDE_SPLITS * (length + 1)
-    if needs_a_page_more and length < SHORT_SPLIT and not few_rows:
+    if needs_a_page_more and length < SHORT_SPLIT and is_full(rows):
         splits = [_num_splits(n, length + 1) for n in pages]
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
@@ -306,7 +314,7 @@ def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) ->
 
 
 def plan(
-    cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0, few_rows: bool = False
+    cache_seqlens: Sequence[int], parts: int, chunk_level: int = 0, rows_per_kv_head: int = TILE_ROWS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan one decode step on the host.
 
@@ -316,7 +324,7 @@ def plan(
         and less counts as 0.
     parts : what `num_parts` returned.
     chunk_level : above 0, sequences are cut between chunks only: see `chunks`.
-    few_rows : what `is_few` says.
+    rows_per_kv_head : query rows that share a KV head, `s_q * h_q // h_kv`.
 
     Returns
     -------
@@ -330,7 +338,9 @@ def plan(
     else:
         line = _Line(pages, parts)
         layout = (
-            _a_split_a_part(pages, parts, line.share, few_rows) or _whole_sequences(line) or _on_a_line(line)
+            _a_split_a_part(pages, parts, line.share, rows_per_kv_head)
+            or _whole_sequences(line)
+            or _on_a_line(line)
         )
 
     rows = [[len(pages)] + [0] * (METADATA_WIDTH - 1) for _ in range(parts)]
