@@ -48,6 +48,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     WHOLE_PAGES,
     WIDE_SPLITS,
     is_few,
+    is_full,
 )
 
 SHORT = (0, 1, 2, 5, 64, 67, 200)
@@ -251,7 +252,7 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
     others = ()
     if is_few(h_q):  # sequences of WHOLE_PAGES would stay whole
         pages_of_each = FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
-    elif WIDE_SPLITS < splits <= 2 * WIDE_SPLITS:  # of fewer pages they would take one more
+    elif is_full(h_q) and WIDE_SPLITS < splits <= 2 * WIDE_SPLITS:  # of fewer pages they would take one more
         pages_of_each = SHORT_SPLIT
         others = (parts % splits * pages_of_each * PAGE_SIZE,)  # for the parts that are left
     else:  # and those on which a merge would save nothing

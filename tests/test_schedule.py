@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mla_cases import SCALE, Case, make_inputs
+from mla_cases import PLAIN_ROWS, SCALE, Case, make_inputs
 
 from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
@@ -43,7 +43,7 @@ LENGTHS = st.lists(
     max_size=70,
 )
 PARTS = st.integers(1, 140)
-ROWS = st.sampled_from([FEW_ROWS, 40, TILE_ROWS])
+ROWS = st.sampled_from([FEW_ROWS, PLAIN_ROWS, TILE_ROWS])
 
 
 def shares(lengths: list[int], parts: int) -> list[list[int]]:
@@ -189,10 +189,9 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     least = half = ceil_div(pages, max(1, parts // 2))
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
         least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
-    many, few = plan(lengths, parts), plan(lengths, parts, 0, rows_per_kv_head=FEW_ROWS)
-    length = least_split_length(lengths, parts)
-    if length > least:
-        assert all(map(torch.equal, many, few)) or length < SHORT_SPLIT
+    many, few = plan(lengths, parts, 0, PLAIN_ROWS), plan(lengths, parts, 0, FEW_ROWS)
+    if least_split_length(lengths, parts) > least:
+        assert all(map(torch.equal, many, few))
         return
     assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
     longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
@@ -215,7 +214,7 @@ def test_short_splits_take_a_page_more_where_they_are_merged_all_at_once_then(ba
     lengths = [pages * PAGE_SIZE] * batch
     assert plan(lengths, parts)[1].diff().tolist() == [splits] * batch
     as_ever = least_split_length(lengths, parts)
-    assert plan(lengths, parts, 0, 40)[1].diff().tolist() == [ceil_div(pages, as_ever)] * batch
+    assert plan(lengths, parts, 0, PLAIN_ROWS)[1].diff().tolist() == [ceil_div(pages, as_ever)] * batch
 
 
 def test_one_sequence_that_would_still_have_many_splits_leaves_all_of_them_short():
@@ -364,7 +363,7 @@ def assert_kernel_plans_the_same(lengths: list[int], parts: int, rows: int, chun
     assert torch.equal(num_splits.cpu(), want[1]), (lengths, parts, rows, chunk_level)
 
 
-MODES = [(128, 0), (40, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
+MODES = [(128, 0), (PLAIN_ROWS, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
 
 
 @pytest.mark.gpu
@@ -392,6 +391,22 @@ def test_planner_kernel_gives_the_same_bytes(batch, parts):
 def test_planner_kernel_writes_the_row_of_a_part_that_is_idle_between_its_rounds(lengths):
     """The 512th sequence ends in a part's share and the next one's middle lies behind that share."""
     assert_kernel_plans_the_same(lengths, 132, 128, 0)
+
+
+@pytest.mark.parametrize(
+    "lengths, parts, fires",
+    [
+        ([1280] * 4 + [0] * 2, 132, True),
+        ([0] * 40 + [1280] * 4, 132, True),  # more than a warp of sequences, the long ones in its second
+        ([64] * 540 + [1280] * 6 + [0] * 10, 700, True),  # and behind all threads' first
+        ([26 * PAGE_SIZE] * 3 + [40 * PAGE_SIZE], 132, False),
+    ],
+)
+def test_planner_kernel_takes_a_page_more_where_the_specification_does(lengths, parts, fires, device):
+    changes = not torch.equal(plan(lengths, parts)[1], plan(lengths, parts, 0, PLAIN_ROWS)[1])
+    assert changes == fires
+    if device.type == "cuda":
+        assert_kernel_plans_the_same(lengths, parts, TILE_ROWS, 0)
 
 
 @pytest.mark.gpu

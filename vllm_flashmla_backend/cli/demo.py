@@ -65,9 +65,9 @@ def start_engine(model: Path) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # A thread that vLLM pins to a busy core waits there, and every other thread waits for it.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    require_kernels()
     if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":  # the table is what counts
         print("starting vLLM; with VLLM_LOGGING_LEVEL=INFO it says how", file=sys.stderr)
-    require_kernels()
     from vllm import LLM
     from vllm.platforms import current_platform
 

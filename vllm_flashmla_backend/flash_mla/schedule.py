@@ -125,7 +125,10 @@ def is_few(rows_per_kv_head: int) -> bool:
 
 
 def is_full(rows_per_kv_head: int) -> bool:
-    """Whether tiles are full where so many query rows that share a KV head are cut into equal ones."""
+    """Whether tiles are full where so many query rows that share a KV head are cut into equal ones.
+
+    Heads may not allow that: 3 tokens of 32 heads are tiles of 64 and 32 rows, which count as 48 each.
+    """
     return ceil_div(rows_per_kv_head, ceil_div(rows_per_kv_head, TILE_ROWS)) > FULL_TILE
 
 
