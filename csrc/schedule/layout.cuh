@@ -98,7 +98,7 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
     return 0;
 }
 
-// That length, or a page more where SHORT_SPLIT of schedule.py says so. `longest`: as above.
+// split_length's, or a page more where SHORT_SPLIT of schedule.py says so. `longest`: least_of_few_rows'.
 __device__ inline unsigned merged_faster(unsigned split, unsigned longest) {
     if (split == 0 || split >= kShortSplit) return split;
     const bool many = __syncthreads_or(longest > kWideSplits * split);

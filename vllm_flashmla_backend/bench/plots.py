@@ -264,5 +264,6 @@ def _title(name: str, results: dict) -> str:
 
 def origin(results: dict) -> str:
     """Machine, date and commit, as far as the file has them; of a commit its first 7 digits."""
-    known = [results.get("gpu") or results.get("device"), results.get("date"), results.get("commit")]
-    return ", ".join(re.sub(r"(?<=\b[0-9a-f]{7})[0-9a-f]+", "", str(each)) for each in known if each)
+    commit = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", results.get("commit") or "")
+    known = [results.get("gpu") or results.get("device"), results.get("date"), commit]
+    return ", ".join(filter(None, known))
