@@ -20,14 +20,14 @@ constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // in half of V
 constexpr int kTilesQuarterV = kTilesHalfV / 2;
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
-constexpr unsigned kStartCost = 3;    // of a split, in pages: START_COST of schedule.py
-constexpr unsigned kPartialCost = 3;  // of a split that is not its sequence's only one: PARTIAL_COST there
-constexpr int kFewRows = 32;          // query rows that share a KV head: FEW_ROWS there
-constexpr unsigned kFewPages = 4;     // FEW_PAGES there
-constexpr unsigned kWholePages = 16;  // WHOLE_PAGES there
-constexpr unsigned kWideSplits = 13;  // WIDE_SPLITS there
-constexpr unsigned kShortSplit = 4;   // SHORT_SPLIT there
-constexpr int kFullTile = 48;         // FULL_TILE there
+constexpr unsigned kStartCost = 3;       // of a split, in pages: START_COST of schedule.py
+constexpr unsigned kPartialCost = 3;     // of a split that is not its sequence's only one: PARTIAL_COST there
+constexpr int kFewRows = 32;             // query rows that share a KV head: FEW_ROWS there
+constexpr unsigned kFewPages = 4;        // FEW_PAGES there
+constexpr unsigned kWholePages = 16;     // WHOLE_PAGES there
+constexpr unsigned kTwoPageSplits = 13;  // TWO_PAGE_SPLITS there
+constexpr unsigned kBusyPercent = 40;    // BUSY_PERCENT there
+constexpr int kFullTile = 48;            // FULL_TILE there
 
 enum class DType { kBFloat16, kHalf };
 

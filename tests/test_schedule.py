@@ -17,17 +17,17 @@ from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
+    BUSY_PERCENT,
     FEW_PAGES,
     FEW_ROWS,
     FULL_TILE,
     METADATA_WIDTH,
     PAGE_SIZE,
     PARTIAL_COST,
-    SHORT_SPLIT,
     START_COST,
     TILE_ROWS,
+    TWO_PAGE_SPLITS,
     WHOLE_PAGES,
-    WIDE_SPLITS,
     Field,
     ceil_div,
     is_few,
@@ -203,14 +203,14 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     [
         (4, 16, 66, 8),  # not 16 of one page
         (8, 26, 264, 13),
-        (4, 32, 66, 11),  # of three pages, not 16 of two
-        (8, 47, 132, 12),
+        (2, 14, 66, 7),  # 28 parts were busy, of 66
+        (1, 26, 66, 26),  # 26: too few to wait for each other
         (4, 13, 66, 13),  # few enough of one page
         (2, 27, 66, 27),  # of two pages they would still be 14
-        (4, 64, 66, 16),  # of four pages: a fifth costs as much as their merge
+        (4, 32, 66, 16),  # of two pages already
     ],
 )
-def test_short_splits_take_a_page_more_where_they_are_merged_all_at_once_then(batch, pages, parts, splits):
+def test_splits_of_one_page_take_two_where_that_leaves_few_and_parts_were_busy(batch, pages, parts, splits):
     lengths = [pages * PAGE_SIZE] * batch
     assert plan(lengths, parts)[1].diff().tolist() == [splits] * batch
     as_ever = least_split_length(lengths, parts)
@@ -227,7 +227,7 @@ def test_planner_and_kernels_agree_on_what_is_few():
     constants = dict(re.findall(r"constexpr (?:int|unsigned) k(\w+) = (\d+);", text))
     here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
     here |= {"StartCost": START_COST, "PartialCost": PARTIAL_COST, "PageSize": PAGE_SIZE}
-    here |= {"WideSplits": WIDE_SPLITS, "ShortSplit": SHORT_SPLIT, "FullTile": FULL_TILE}
+    here |= {"TwoPageSplits": TWO_PAGE_SPLITS, "BusyPercent": BUSY_PERCENT, "FullTile": FULL_TILE}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
     assert [n for n in (16, 48, 49, 64, 65, 80, 96, 97, 128, 160) if is_full(n)] == [49, 64, 97, 128, 160]
@@ -400,9 +400,13 @@ def test_planner_kernel_writes_the_row_of_a_part_that_is_idle_between_its_rounds
         ([0] * 40 + [1280] * 4, 132, True),  # more than a warp of sequences, the long ones in its second
         ([64] * 540 + [1280] * 6 + [0] * 10, 700, True),  # and behind all threads' first
         ([26 * PAGE_SIZE] * 3 + [40 * PAGE_SIZE], 132, False),
+        ([0] * 40 + [1280] * 4, 250, True),  # 120 parts were busy
+        ([0] * 40 + [1280] * 4, 300, False),
+        ([1280] * 3, 150, False),  # 60: not more than two fifths
+        ([1280] * 3, 149, True),
     ],
 )
-def test_planner_kernel_takes_a_page_more_where_the_specification_does(lengths, parts, fires, device):
+def test_planner_kernel_takes_two_pages_where_the_specification_does(lengths, parts, fires, device):
     changes = not torch.equal(plan(lengths, parts)[1], plan(lengths, parts, 0, PLAIN_ROWS)[1])
     assert changes == fires
     if device.type == "cuda":

@@ -73,11 +73,12 @@ __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longes
 }
 
 // The least length of splits, of those that schedule.py's _a_split_a_part tries, with which a split a part is
-// enough; 0 where there is none. `share`: of the line. A block of several warps tries all at once, as their
-// sums take long; one warp tries one after another, as code that need not be fetched saves more.
+// enough; 0 where there is none. `share`: of the line; `busy`: becomes how many splits that are. A block of
+// several warps tries all at once, as their sums take long; one warp tries one after another, as code that
+// need not be fetched saves more.
 template <int kWarps>
 __device__ inline unsigned split_length(const PlanParams& params, unsigned pages, unsigned least,
-                                        unsigned share) {
+                                        unsigned share, unsigned& busy) {
     constexpr unsigned kLengths = kStartCost + 2, kAtOnce = kWarps == 1 ? 1 : kLengths;
     const auto length =
         [=](unsigned i) {  // share - kStartCost, ..., share, share + kPartialCost, from `least` on
@@ -93,16 +94,17 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
         block_sum<kWarps>(splits);
 #pragma unroll
         for (unsigned i = 0; i < kAtOnce; ++i)
-            if (splits[i] <= static_cast<unsigned>(params.num_parts)) return length(first + i);
+            if (busy = splits[i]; busy <= static_cast<unsigned>(params.num_parts)) return length(first + i);
     }
     return 0;
 }
 
-// split_length's, or a page more where SHORT_SPLIT of schedule.py says so. `longest`: least_of_few_rows'.
-__device__ inline unsigned merged_faster(unsigned split, unsigned longest) {
-    if (split == 0 || split >= kShortSplit) return split;
-    const bool many = __syncthreads_or(longest > kWideSplits * split);
-    return split + (many && !__syncthreads_or(longest > kWideSplits * (split + 1)));
+// split_length's, or two pages where TWO_PAGE_SPLITS of schedule.py says so. `longest`: least_of_few_rows'.
+__device__ inline unsigned two_pages(const PlanParams& params, unsigned split, unsigned busy,
+                                     unsigned longest) {
+    if (split != 1 || 100 * busy <= kBusyPercent * params.num_parts) return split;
+    const bool many = __syncthreads_or(longest > kTwoPageSplits);
+    return split + (many && !__syncthreads_or(longest > 2 * kTwoPageSplits));
 }
 
 // How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.

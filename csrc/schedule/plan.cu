@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     const Shares line(length[0], num_parts);
     const unsigned least =
         params.few_rows ? least_of_few_rows(num_parts, longest, length[0] - kStartCost * batch) : 1;
-    unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest());
-    if (params.full_tiles) split = merged_faster(split, longest);
+    unsigned busy = 0;
+    unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest(), busy);
+    if (params.full_tiles) split = two_pages(params, split, busy, longest);
     const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.

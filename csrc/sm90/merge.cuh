@@ -44,11 +44,8 @@ struct MergeState {
     }
 };
 
-// Where a consumer's warps put merged splits together, all but the first one's.
-using MergeScratch = MergeState<1>[kWarpgroup - 32];
-
 // A half-warp walks a group of 8 columns: lane 2 r + i has columns 4 i to 4 i + 3 of the octet's row r. Its
-// vectors are kVectors groups, each second one from the warp's two halves.
+// vectors are kVectors groups, each second one from `group` on.
 template <int kVectors>
 struct Merger {
     static constexpr int kHalf = 16;
@@ -102,24 +99,26 @@ struct Merger {
     }
 };
 
-// Few splits: a warp merges 8 rows x 16 kVectors columns at a time. `place` says of which partials, `part`
-// which share.
-template <typename T, int kVectors>
-__device__ inline void merge_wide(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const SplitPlace& place, const SplitPlace& part, int consumer) {
-    constexpr int kLoads = 8;                         // under way together
-    constexpr int kItems = kGroups / (2 * kVectors);  // an item is a warp's work in an octet
-    const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
-    const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
-    const Partial first(params, tile, place.first_slot);
-    const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kItems;
+// Where a consumer's warps put together what they have merged of the same item, all but the first warp.
+template <int kVectors>
+using MergeScratch = MergeState<kVectors>[kWarps - 1][32];
+
+// Adds up what `warps` neighbouring ones have merged, in the first of them; whether this is that. All of the
+// consumer's warps pass here once.
+template <int kVectors>
+__device__ inline bool gather(MergeState<kVectors>& state, int warps, int consumer,
+                              MergeScratch<kVectors>& scratch) {
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    if (warp > 0) scratch[warp - 1][lane] = state;
+    sync_warpgroup(consumer);
+    if (warp % warps != 0) return false;
 #pragma unroll 1
-    for (int item = rank + warp * ranks; item < items; item += 4 * ranks) {
-        const Merger<kVectors> merger(params, first, item / kItems, item % kItems * 2 * kVectors + half);
-        MergeState<kVectors> state;
-        merger.template add_splits<kLoads / kVectors>(state, 0, place.num_splits, 1);
-        merger.template store<T>(tile, split, state);
+    for (int i = 1; i < warps; ++i) {
+        const MergeState<kVectors>& other = scratch[warp + i - 1][lane];
+        state.raise_to(other.weights.max);
+        state.add(other.weights, other.out);
     }
+    return true;
 }
 
 __device__ inline float4 shuffle_xor(float4 value, int mask) {
@@ -127,49 +126,52 @@ __device__ inline float4 shuffle_xor(float4 value, int mask) {
                        __shfl_xor_sync(~0u, value.z, mask), __shfl_xor_sync(~0u, value.w, mask));
 }
 
-// Many splits: a warp merges 8 rows x 8 columns, its halves take the splits in turns. Where a warpgroup's
-// share is only one or two such items, so do four or two warps.
-template <typename T>
-__device__ inline void merge_deep(const DecodeParams& params, const RowTile& tile, const Split& split,
-                                  const SplitPlace& place, const SplitPlace& part, int consumer,
-                                  MergeScratch& scratch) {
-    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, half = lane / 16;
+// How a warp's two halves share an item.
+enum Halves { kColumnsInTurns, kSplitsInTurns };
+
+// The first half-warp gets what the second has merged, too.
+__device__ inline void add_second_half(MergeState<1>& state) {
+    const float4 out[] = {shuffle_xor(state.out[0], 16)};
+    const WeightSum weights(__shfl_xor_sync(~0u, state.weights.max, 16),
+                            __shfl_xor_sync(~0u, state.weights.sum, 16));
+    state.raise_to(weights.max);
+    state.add(weights, out);
+}
+
+// A consumer's share of a merge, in items of 8 rows x kVectors groups of columns for each half-warp, or for
+// both. A warp merges one; where there are less than warps, two or four take the splits of one in turns.
+// `place` says of which partials, `part` which share.
+template <typename T, int kVectors, Halves kHalves>
+__device__ inline void merge_share(const DecodeParams& params, const RowTile& tile, const Split& split,
+                                   const SplitPlace& place, const SplitPlace& part, int octets, int consumer,
+                                   void* scratch) {
+    constexpr int kLoads = 8;  // under way together
+    constexpr int kColumnHalves = kHalves == kColumnsInTurns ? 2 : 1, kSplitHalves = 3 - kColumnHalves;
+    constexpr int kItems = kGroups / (kColumnHalves * kVectors);  // in an octet
+    const int warp = threadIdx.x % kWarpgroup / 32, half = threadIdx.x % 32 / 16;
     const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
+    const int items = octets * kItems;
+    const int warps = rank + ranks >= items ? 4 : rank + 2 * ranks >= items ? 2 : 1;  // to an item
     const Partial first(params, tile, place.first_slot);
-    const int items = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows * kGroups;
-    const int share = rank < items ? (items - rank - 1) / ranks + 1 : 0;
-    const int warps = share == 1 ? 4 : share == 2 ? 2 : 1;  // that share an item
 #pragma unroll 1
-    for (int i = warp / warps; i < share; i += 4 / warps) {
-        const int item = rank + i * ranks;
-        const Merger<1> merger(params, first, item / kGroups, item % kGroups);
-        MergeState<1> state;
-        merger.template add_splits<8>(state, warp % warps * 2 + half, place.num_splits, 2 * warps);
-        const float4 other_half[] = {shuffle_xor(state.out[0], 16)};
-        const WeightSum of_other(__shfl_xor_sync(~0u, state.weights.max, 16),
-                                 __shfl_xor_sync(~0u, state.weights.sum, 16));
-        state.raise_to(of_other.max);
-        state.add(of_other, other_half);
-        if (warps > 1) {  // then each warp passes here once
-            if (warp > 0) scratch[(warp - 1) * 32 + lane] = state;
-            sync_warpgroup(consumer);
-            if (warp % warps != 0) return;
-#pragma unroll 1
-            for (int j = 1; j < warps; ++j) {
-                const MergeState<1>& other = scratch[(warp + j - 1) * 32 + lane];
-                state.raise_to(other.weights.max);
-                state.add(other.weights, other.out);
-            }
-        }
-        if (half == 0) merger.template store<T>(tile, split, state);
+    for (int item = rank + warp / warps * ranks; item < items; item += kWarps / warps * ranks) {
+        const int group = item % kItems * kColumnHalves * kVectors + (kColumnHalves > 1 ? half : 0);
+        const Merger<kVectors> merger(params, first, item / kItems, group);
+        MergeState<kVectors> state;
+        const int taker = warp % warps * kSplitHalves + (kSplitHalves > 1 ? half : 0);
+        merger.template add_splits<kLoads / kVectors>(state, taker, place.num_splits, warps * kSplitHalves);
+        if constexpr (kSplitHalves > 1) add_second_half(state);
+        if (warps > 1 && !gather(state, warps, consumer, *static_cast<MergeScratch<kVectors>*>(scratch)))
+            return;
+        if (kSplitHalves == 1 || half == 0) merger.template store<T>(tile, split, state);
     }
 }
 
 // Merges the part's last sequence where others work on it, too, and it is no pair, which pairs.cuh merges.
 // The first one, where it is another, is left to the parts that end with that one.
-template <typename T, int kVectors, int kFewSplits>
+template <typename T, int kVectors, Halves kHalves>
 __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
-                                    const RowTile& tile, int consumer, MergeScratch& scratch) {
+                                    const RowTile& tile, int consumer, void* scratch) {
     const int seq = ptx::uniform(plan.last_seq);
     if (seq < max(plan.first_seq, 0) || seq >= params.batch) return;  // an idle part
     const Split split{.seq = seq, .query = Query(params, seq)};       // its pages do not matter any more
@@ -181,10 +183,12 @@ __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan&
     if (of_last.first_seq != of_last.last_seq) --part.num_splits;
     sync_warpgroup(consumer);  // what the last split left in the scratch has been read
     wait_for_all(params, plan, phases, split, place, consumer);
-    if (place.num_splits <= kFewSplits) {
-        merge_wide<T, kVectors>(params, tile, split, place, part, consumer);
+    const int octets = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows;
+    if (4 * part.num_splits * kVectors <= octets * kGroups) {  // a large item, or more, for each consumer
+        merge_share<T, kVectors, kColumnsInTurns>(params, tile, split, place, part, octets, consumer,
+                                                  scratch);
     } else {
-        merge_deep<T>(params, tile, split, place, part, consumer, scratch);
+        merge_share<T, 1, kHalves>(params, tile, split, place, part, octets, consumer, scratch);
     }
 }
 

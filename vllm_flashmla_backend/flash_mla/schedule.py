@@ -52,15 +52,15 @@ WHOLE_PAGES = 16
 """With few rows, sequences of up to so many pages stay whole where none has more than a share for half of the
 parts: nothing to merge."""
 
-WIDE_SPLITS = 13
-"""With full tiles, up to so many splits of a sequence are merged all at once; more take longer."""
-
 FULL_TILE = 48
 """With more rows in a tile, partial results are so large that many of them take long to merge."""
 
-SHORT_SPLIT = 4
-"""With full tiles, a split of fewer pages takes one more where all sequences then have WIDE_SPLITS or fewer,
-and would else have more: that costs less than their merge."""
+TWO_PAGE_SPLITS = 13
+"""With full tiles, splits of one page take two where every sequence then has so many or fewer, one had more,
+and more than BUSY_PERCENT of the parts were busy: half of the partial results is worth more than a page."""
+
+BUSY_PERCENT = 40
+"""Of the parts; where fewer are busy, they do not have to wait for each other's partial results."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""
@@ -188,7 +188,7 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> 
     PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
     to go on with a sequence and to leave another to go on with. None if that is not enough. With more
     sequences than parts no length will do, with fewer none below share - START_COST is better. Some
-    lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles SHORT_SPLIT.
+    lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles TWO_PAGE_SPLITS.
     """
     least = _least_of_few_rows(pages, parts) if is_few(rows) else 1
     for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
@@ -198,9 +198,10 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> 
             break
     else:
         return None
-    needs_a_page_more = WIDE_SPLITS * length < max(pages) <= WIDE_SPLITS * (length + 1)
-    if needs_a_page_more and length < SHORT_SPLIT and is_full(rows):
-        splits = [_num_splits(n, length + 1) for n in pages]
+    halves = TWO_PAGE_SPLITS < max(pages) <= 2 * TWO_PAGE_SPLITS
+    is_busy = 100 * sum(splits) > BUSY_PERCENT * parts
+    if length == 1 and halves and is_busy and is_full(rows):
+        splits = [_num_splits(n, 2) for n in pages]
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
     return _Layout(

@@ -36,12 +36,10 @@ struct Storage {
     PageBarriers pages;
     uint64_t weights_full[kStages];
 
-    __device__ MergeScratch& merge_scratch(int consumer) {
-        return reinterpret_cast<MergeScratch&>(staging[consumer]);
-    }
+    __device__ void* merge_scratch(int consumer) { return staging[consumer]; }
 };
 static_assert(kStages == kConsumers);
 static_assert(sizeof(Storage<kFewRows>) <= kMaxSharedBytes);
-static_assert(sizeof(MergeScratch) <= sizeof(Storage<kFewRows / 2>::staging[0]));
+static_assert(sizeof(MergeScratch<2>) <= sizeof(Storage<kFewRows / 2>::staging[0]));
 
 }  // namespace mla::few_rows

@@ -37,9 +37,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            // Measured: merge_wide is faster up to there, so the planner has a use for it: SHORT_SPLIT.
-            merge_splits<T, 4, kWideSplits>(params, shared.plan, shared.phases, tile, consumer,
-                                            shared.merge_scratch(consumer));
+            merge_splits<T, 4, kColumnsInTurns>(params, shared.plan, shared.phases, tile, consumer,
+                                                shared.merge_scratch(consumer));
         }
     };
     run_block<Storage, ConsumerState>(params, maps, init_barriers, consume, merge);

@@ -36,10 +36,9 @@ struct Storage {
     uint64_t weights_full[kStages];
     uint64_t end_full[kStages];
 
-    __device__ MergeScratch& merge_scratch(int consumer) {  // the query is not needed any more
-        return reinterpret_cast<MergeScratch*>(q)[consumer];
-    }
+    __device__ void* merge_scratch(int consumer) { return q[consumer]; }  // it is not needed any more
 };
 static_assert(sizeof(Storage) <= kMaxSharedBytes);
+static_assert(sizeof(MergeScratch<4>) <= sizeof(Storage::q[0]));
 
 }  // namespace mla::many_rows
