@@ -120,6 +120,11 @@ def test_wrong_options_are_named(options, message):
         main(["bench", *options])
 
 
+def test_tails_draw_no_pictures_and_speak_of_none():
+    with pytest.raises(SystemExit, match="which measures nothing$"):
+        main(["bench", "--tails", "--plot", "r.json", "--out", "b"])
+
+
 def test_case_that_does_not_fit_is_a_failure_of_each_peer(monkeypatch):
     def no_room(case, device):
         raise torch.OutOfMemoryError("Tried to allocate 5 TiB")

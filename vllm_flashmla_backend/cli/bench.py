@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE.json",
-        help="measure nothing: show these results, and draw them beside the file, anywhere",
+        help="measure nothing: show these results, anywhere, and draw them beside it (--tails: show alone)",
     )
     parser.add_argument(
         "--commit",
@@ -115,9 +115,8 @@ def require_own_options(args: argparse.Namespace) -> None:
     if others := [name for name in given if name not in own]:
         names = ", ".join("--no-plots" if n == "plots" else f"--{n.replace('_', '-')}" for n in others)
         if args.plot:
-            raise SystemExit(
-                f"{names}: not for `{command}`, which measures nothing; pictures go beside {args.plot}"
-            )
+            pictures = "" if args.tails else f"; pictures go beside {args.plot}"
+            raise SystemExit(f"{names}: not for `{command}`, which measures nothing{pictures}")
         raise SystemExit(f"{names}: not for `{command}`; `vllm-flashmla bench --help` says what is")
 
 
