@@ -29,6 +29,7 @@ CASES = [
     Case((130, 64), h_q=16, dtype=torch.float16),
     Case((4000,), h_q=128),  # one sequence over all parts
     *(Case((576,), h_q=h_q) for h_q in (16, 64)),  # few splits
+    Case((1800,), h_q=128),  # 29, whose items two and four warps share
     Case((4000,), h_q=32),
     Case((10,) * 300, h_q=16),  # one query right behind the other
     Case((300, 70), s_q=3, h_q=85, causal=True),  # more tiles than one launch has room for

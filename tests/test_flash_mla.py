@@ -242,7 +242,7 @@ def test_different_query_lengths_with_several_kv_heads(h_q, device):
 
 
 @pytest.mark.parametrize("h_q", [5, 16, 20, 44, 128])
-@pytest.mark.parametrize("splits", [2, 3, 7, 10, 13, 14, 16, 17, 32, 33, 66])
+@pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 10, 13, 14, 16, 17, 24, 25, 32, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
     """Two, few and many are merged in different ways; the last page and the last 8 rows need not be full."""
     parts = num_parts(device, 1, h_q, 1)
@@ -251,9 +251,10 @@ def test_any_number_of_splits_is_merged(splits, h_q, device):
     others = ()
     if is_few(h_q):  # sequences of WHOLE_PAGES would stay whole
         pages_of_each = FEW_PAGES if splits * FEW_PAGES > WHOLE_PAGES else WHOLE_PAGES
-    elif is_full(h_q) and TWO_PAGE_SPLITS < splits <= 2 * TWO_PAGE_SPLITS:  # half as many of one page
-        pages_of_each = 2
-        others = (parts % splits * pages_of_each * PAGE_SIZE,)  # for the parts that are left
+    elif is_full(h_q) and TWO_PAGE_SPLITS < splits <= 2 * TWO_PAGE_SPLITS:
+        pages_of_each = 2  # of one page each they would take two, and be half as many
+        if left := parts % splits:
+            others = (left * pages_of_each * PAGE_SIZE,)
     else:  # and those on which a merge would save nothing
         pages_of_each = 1 if splits > PARTIAL_COST + 1 else PARTIAL_COST + 1
     of_so_many = (splits * pages_of_each * PAGE_SIZE - 5,) * (parts // splits)

@@ -125,6 +125,14 @@ def test_idle_parts_are_as_the_docs_have_them(monkeypatch, capsys):
         assert re.search(f"; {busy} of {parts} parts busy, {pages} pages? at most", said), options
 
 
+def test_splits_of_two_pages_are_as_the_docs_have_them(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "num_sms", lambda: 132)
+    page = (Path(__file__).parents[1] / "docs" / "pages-and-plan.md").read_text()
+    ((options, splits, pages),) = re.findall(r"`(--lens .*?)` makes (\d+) splits of (\d+) pages", page)
+    assert main(["plan", *options.split()]) == 0
+    assert re.search(f", {pages} pages at most, .*; {splits} splits;", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     "heads, query_len, level, chunks",
     [

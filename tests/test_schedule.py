@@ -204,7 +204,7 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
         (4, 16, 66, 8),  # not 16 of one page
         (8, 26, 264, 13),
         (2, 14, 66, 7),  # 28 parts were busy, of 66
-        (1, 26, 66, 26),  # 26: too few to wait for each other
+        (1, 26, 66, 26),  # 26 of 66: too few to keep the L2 busy
         (4, 13, 66, 13),  # few enough of one page
         (2, 27, 66, 27),  # of two pages they would still be 14
         (4, 32, 66, 16),  # of two pages already

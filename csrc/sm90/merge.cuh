@@ -139,8 +139,8 @@ __device__ inline void add_second_half(MergeState<1>& state) {
 }
 
 // A consumer's share of a merge, in items of 8 rows x kVectors groups of columns for each half-warp, or for
-// both. A warp merges one; where there are less than warps, two or four take the splits of one in turns.
-// `place` says of which partials, `part` which share.
+// both. A warp merges one; where there is one item or two, four or two warps take the splits of each in
+// turns. `place` says of which partials, `part` which share.
 template <typename T, int kVectors, Halves kHalves>
 __device__ inline void merge_share(const DecodeParams& params, const RowTile& tile, const Split& split,
                                    const SplitPlace& place, const SplitPlace& part, int octets, int consumer,
@@ -158,8 +158,9 @@ __device__ inline void merge_share(const DecodeParams& params, const RowTile& ti
         const int group = item % kItems * kColumnHalves * kVectors + (kColumnHalves > 1 ? half : 0);
         const Merger<kVectors> merger(params, first, item / kItems, group);
         MergeState<kVectors> state;
-        const int taker = warp % warps * kSplitHalves + (kSplitHalves > 1 ? half : 0);
-        merger.template add_splits<kLoads / kVectors>(state, taker, place.num_splits, warps * kSplitHalves);
+        const int first_split = warp % warps * kSplitHalves + (kSplitHalves > 1 ? half : 0);
+        merger.template add_splits<kLoads / kVectors>(state, first_split, place.num_splits,
+                                                      warps * kSplitHalves);
         if constexpr (kSplitHalves > 1) add_second_half(state);
         if (warps > 1 && !gather(state, warps, consumer, *static_cast<MergeScratch<kVectors>*>(scratch)))
             return;
@@ -168,8 +169,10 @@ __device__ inline void merge_share(const DecodeParams& params, const RowTile& ti
 }
 
 // Merges the part's last sequence where others work on it, too, and it is no pair, which pairs.cuh merges.
-// The first one, where it is another, is left to the parts that end with that one.
-template <typename T, int kVectors, Halves kHalves>
+// The first one, where it is another, is left to the parts that end with that one. Large items, of
+// kLargeVectors groups a half-warp, as long as each consumer has one; else small ones, which a warp's halves
+// share as kSmallHalves says.
+template <typename T, int kLargeVectors, Halves kSmallHalves>
 __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer, void* scratch) {
     const int seq = ptx::uniform(plan.last_seq);
@@ -184,11 +187,11 @@ __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan&
     sync_warpgroup(consumer);  // what the last split left in the scratch has been read
     wait_for_all(params, plan, phases, split, place, consumer);
     const int octets = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows;
-    if (4 * part.num_splits * kVectors <= octets * kGroups) {  // a large item, or more, for each consumer
-        merge_share<T, kVectors, kColumnsInTurns>(params, tile, split, place, part, octets, consumer,
-                                                  scratch);
+    if (2 * kConsumers * part.num_splits * kLargeVectors <= octets * kGroups) {
+        merge_share<T, kLargeVectors, kColumnsInTurns>(params, tile, split, place, part, octets, consumer,
+                                                       scratch);
     } else {
-        merge_share<T, 1, kHalves>(params, tile, split, place, part, octets, consumer, scratch);
+        merge_share<T, 1, kSmallHalves>(params, tile, split, place, part, octets, consumer, scratch);
     }
 }
 

@@ -60,7 +60,7 @@ TWO_PAGE_SPLITS = 13
 and more than BUSY_PERCENT of the parts were busy: half of the partial results is worth more than a page."""
 
 BUSY_PERCENT = 40
-"""Of the parts; where fewer are busy, they do not have to wait for each other's partial results."""
+"""Of the parts; where no more are busy, partial results do not keep the L2 busy."""
 
 CHUNK_COST = 1
 """What ending a chunk of the batch-invariant mode costs beside, in pages: storing and merging its result."""

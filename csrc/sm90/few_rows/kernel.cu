@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T, 4, 1>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            // Two octets of rows are few items: smaller ones, then, with two half-warps each.
-            constexpr Halves kHalves = kRows < kFewRows ? kSplitsInTurns : kColumnsInTurns;
-            merge_splits<T, 2, kHalves>(params, shared.plan, shared.phases, tile, consumer,
-                                        shared.merge_scratch(consumer));
+            // Of two octets of rows even small items would be too few if a half-warp took each.
+            constexpr Halves kSmallHalves = kRows < kFewRows ? kSplitsInTurns : kColumnsInTurns;
+            merge_splits<T, 2, kSmallHalves>(params, shared.plan, shared.phases, tile, consumer,
+                                             shared.merge_scratch(consumer));
         }
     };
     run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume, merge);
