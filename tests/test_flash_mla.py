@@ -242,7 +242,7 @@ def test_different_query_lengths_with_several_kv_heads(h_q, device):
 
 
 @pytest.mark.parametrize("h_q", [5, 16, 20, 44, 128])
-@pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 10, 13, 14, 16, 17, 24, 25, 32, 33, 66])
+@pytest.mark.parametrize("splits", [2, 3, 7, 8, 9, 10, 11, 13, 14, 16, 17, 24, 25, 32, 33, 66])
 def test_any_number_of_splits_is_merged(splits, h_q, device):
     """Two, few and many are merged in different ways; the last page and the last 8 rows need not be full."""
     parts = num_parts(device, 1, h_q, 1)

@@ -208,6 +208,8 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
         (4, 13, 66, 13),  # few enough of one page
         (2, 27, 66, 27),  # of two pages they would still be 14
         (4, 32, 66, 16),  # of two pages already
+        (8, 47, 132, 16),  # of three
+        (4, 64, 66, 16),  # of four
     ],
 )
 def test_splits_of_one_page_take_two_where_that_leaves_few_and_parts_were_busy(batch, pages, parts, splits):

@@ -36,7 +36,7 @@ struct Storage {
     uint64_t weights_full[kStages];
     uint64_t end_full[kStages];
 
-    __device__ void* merge_scratch(int consumer) { return q[consumer]; }  // it is not needed any more
+    __device__ void* merge_scratch(int consumer) { return q[consumer]; }  // no query is needed any more
 };
 static_assert(sizeof(Storage) <= kMaxSharedBytes);
 static_assert(sizeof(MergeScratch<4>) <= sizeof(Storage::q[0]));
