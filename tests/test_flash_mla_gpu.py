@@ -126,6 +126,21 @@ def test_repeated_calls_are_equal_bit_for_bit(case):
         assert torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_pages_that_lay_elsewhere_in_the_launch_before(batch_invariant):
+    """Blocks guess that their first page lies where it did; then the same sequences lie in other pages, or in
+    so few that what was guessed is past the cache's end."""
+    gpu = torch.device("cuda", 0)
+    cases = [Case((0,) + (length,) * 8, h_q=16) for length in (3000, 40, 3000, 200)]
+    inputs = [make_inputs(case, gpu, seed) for seed, case in enumerate(cases)]
+    first = [run(*of_case, batch_invariant) for of_case in zip(cases, inputs, strict=True)]
+    for (out, lse), case, given in zip(first, cases, inputs, strict=True):
+        assert_agree((out, lse), expected(case, given))
+    for i in (2, 0, 1, 3, 0):
+        again = run(cases[i], inputs[i], batch_invariant)
+        assert torch.equal(again[0], first[i][0]) and torch.equal(again[1], first[i][1])
+
+
 @pytest.mark.parametrize("told", [{}, {"num_heads_q": 37}], ids=["rows", "heads"])
 def test_a_plan_need_not_know_the_heads(told):
     """FlashMLA's callers give rows alone: 185 of them are 3 tiles, but 5 tokens of 37 heads are 4. Where the

@@ -25,6 +25,11 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
         init_barriers(shared);
         prefetch_maps(maps);
     }
+    // By a warp that has nothing else to do. Blocks that share their pages would come out of step.
+    const bool guesses = (Storage::kOneTile || !share_pages(params)) &&
+                         ptx::uniform(threadIdx.x / 32) == kConsumers * kWarps + 1;
+    FirstPage guess{};
+    if (guesses) guess = first_page_of_block();
     // This way around the producer's code comes first, and it is the first that is needed.
     if (warpgroup < kConsumers) {
         if (threadIdx.x == 0) shared.plan = plan;
@@ -40,6 +45,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     Loader<Storage> loader(params, maps, shared, plan, tile);
     if (in_producer_warp && ptx::elect_lane()) loader.begin();
     arrive_at_start();  // and waits for nobody: the barriers are set up by the lane that uses them
+    if (guesses && ptx::elect_lane()) prefetch_first_page(maps, tile, plan, guess, Storage::kLatentBoxTiles);
     ptx::give_registers<kProducerRegisters>();
     if (in_producer_warp && ptx::elect_lane()) loader.load_all();
 }

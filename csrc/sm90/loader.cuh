@@ -2,6 +2,7 @@
 // asked for in few, large boxes arrives sooner.
 #pragma once
 
+#include "first_page.cuh"
 #include "ptx.cuh"
 #include "tiles.cuh"
 #include "work.cuh"
@@ -42,6 +43,7 @@ class Loader {
 
     __device__ void load_all() {
         for_each_split<kOneLane>(params_, plan_, tile_, [&](const Split& split) { load(split); });
+        first_page_of_block() = {plan_.first_seq, plan_.first_page, first_index_, pages_asked_for_ > 0};
     }
 
   private:

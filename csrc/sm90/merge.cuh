@@ -144,7 +144,7 @@ __device__ inline void add_second_half(MergeState<1>& state) {
 template <typename T, int kVectors, Halves kHalves>
 __device__ inline void merge_share(const DecodeParams& params, const RowTile& tile, const Split& split,
                                    const SplitPlace& place, const SplitPlace& part, int octets, int consumer,
-                                   void* scratch) {
+                                   MergeScratch<kVectors>& scratch) {
     constexpr int kLoads = 8;  // under way together
     constexpr int kColumnHalves = kHalves == kColumnsInTurns ? 2 : 1, kSplitHalves = 3 - kColumnHalves;
     constexpr int kItems = kGroups / (kColumnHalves * kVectors);  // in an octet
@@ -162,8 +162,7 @@ __device__ inline void merge_share(const DecodeParams& params, const RowTile& ti
         merger.template add_splits<kLoads / kVectors>(state, first_split, place.num_splits,
                                                       warps * kSplitHalves);
         if constexpr (kSplitHalves > 1) add_second_half(state);
-        if (warps > 1 && !gather(state, warps, consumer, *static_cast<MergeScratch<kVectors>*>(scratch)))
-            return;
+        if (warps > 1 && !gather(state, warps, consumer, scratch)) return;
         if (kSplitHalves == 1 || half == 0) merger.template store<T>(tile, split, state);
     }
 }
@@ -172,9 +171,10 @@ __device__ inline void merge_share(const DecodeParams& params, const RowTile& ti
 // The first one, where it is another, is left to the parts that end with that one. Large items, of
 // kLargeVectors groups a half-warp, as long as each consumer has one; else small ones, which a warp's halves
 // share as kSmallHalves says.
-template <typename T, int kLargeVectors, Halves kSmallHalves>
-__device__ inline void merge_splits(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
-                                    const RowTile& tile, int consumer, void* scratch) {
+template <typename T, int kLargeVectors, Halves kSmallHalves, typename Storage>
+__device__ inline void merge_splits(const DecodeParams& params, Storage& shared, const RowTile& tile,
+                                    int consumer) {
+    const BlockPlan& plan = shared.plan;
     const int seq = ptx::uniform(plan.last_seq);
     if (seq < max(plan.first_seq, 0) || seq >= params.batch) return;  // an idle part
     const Split split{.seq = seq, .query = Query(params, seq)};       // its pages do not matter any more
@@ -185,13 +185,15 @@ __device__ inline void merge_splits(const DecodeParams& params, const BlockPlan&
     const PartPlan& of_last = params.parts[plan.part + place.num_splits - 1 - place.index];
     if (of_last.first_seq != of_last.last_seq) --part.num_splits;
     sync_warpgroup(consumer);  // what the last split left in the scratch has been read
-    wait_for_all(params, plan, phases, split, place, consumer);
+    wait_for_all(params, plan, shared.phases, split, place, consumer);
     const int octets = (split.valid_rows(params, tile) + kOctetRows - 1) / kOctetRows;
     if (2 * kConsumers * part.num_splits * kLargeVectors <= octets * kGroups) {
-        merge_share<T, kLargeVectors, kColumnsInTurns>(params, tile, split, place, part, octets, consumer,
-                                                       scratch);
+        merge_share<T, kLargeVectors, kColumnsInTurns>(
+            params, tile, split, place, part, octets, consumer,
+            shared.template merge_scratch<kLargeVectors>(consumer));
     } else {
-        merge_share<T, 1, kSmallHalves>(params, tile, split, place, part, octets, consumer, scratch);
+        merge_share<T, 1, kSmallHalves>(params, tile, split, place, part, octets, consumer,
+                                        shared.template merge_scratch<1>(consumer));
     }
 }
 

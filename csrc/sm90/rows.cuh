@@ -43,7 +43,7 @@ __device__ inline void copy_rows(const DecodeParams& params, const RowTile& tile
                                  const uint8_t* staging, int first_column) {
     const int warp = threadIdx.x % kWarpgroup / 32, at = threadIdx.x % 32 * sizeof(uint4);
     const int rows = split.valid_rows(params, tile);
-#pragma unroll 2
+#pragma unroll 1
     for (int row = warp; row < rows; row += 4) {
         T* out = out_of<T>(params, split.query, row_of(params, tile, split, row)) + first_column;
         *reinterpret_cast<uint4*>(reinterpret_cast<uint8_t*>(out) + at) =

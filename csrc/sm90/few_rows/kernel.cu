@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else {
             // Of two octets of rows even small items would be too few if a half-warp took each.
             constexpr Halves kSmallHalves = kRows < kFewRows ? kSplitsInTurns : kColumnsInTurns;
-            merge_splits<T, 2, kSmallHalves>(params, shared.plan, shared.phases, tile, consumer,
-                                             shared.merge_scratch(consumer));
+            merge_splits<T, 2, kSmallHalves>(params, shared, tile, consumer);
         }
     };
     run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume, merge);

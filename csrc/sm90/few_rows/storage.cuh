@@ -36,10 +36,13 @@ struct Storage {
     PageBarriers pages;
     uint64_t weights_full[kStages];
 
-    __device__ void* merge_scratch(int consumer) { return staging[consumer]; }
+    template <int kVectors>
+    __device__ MergeScratch<kVectors>& merge_scratch(int consumer) {
+        static_assert(sizeof(MergeScratch<kVectors>) <= sizeof(staging[0]));
+        return reinterpret_cast<MergeScratch<kVectors>&>(staging[consumer]);
+    }
 };
 static_assert(kStages == kConsumers);
 static_assert(sizeof(Storage<kFewRows>) <= kMaxSharedBytes);
-static_assert(sizeof(MergeScratch<2>) <= sizeof(Storage<kFewRows / 2>::staging[0]));
 
 }  // namespace mla::few_rows

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kMode == Mode::kBatchInvariant) {
             merge_chunks<T, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
         } else {
-            merge_splits<T, 4, kColumnsInTurns>(params, shared.plan, shared.phases, tile, consumer,
-                                                shared.merge_scratch(consumer));
+            merge_splits<T, 4, kColumnsInTurns>(params, shared, tile, consumer);
         }
     };
     run_block<Storage, ConsumerState>(params, maps, init_barriers, consume, merge);

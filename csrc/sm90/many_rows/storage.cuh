@@ -36,9 +36,12 @@ struct Storage {
     uint64_t weights_full[kStages];
     uint64_t end_full[kStages];
 
-    __device__ void* merge_scratch(int consumer) { return q[consumer]; }  // no query is needed any more
+    template <int kVectors>
+    __device__ MergeScratch<kVectors>& merge_scratch(int consumer) {
+        static_assert(sizeof(MergeScratch<kVectors>) <= sizeof(q[0]));
+        return reinterpret_cast<MergeScratch<kVectors>&>(q[consumer]);  // no query is needed any more
+    }
 };
 static_assert(sizeof(Storage) <= kMaxSharedBytes);
-static_assert(sizeof(MergeScratch<4>) <= sizeof(Storage::q[0]));
 
 }  // namespace mla::many_rows

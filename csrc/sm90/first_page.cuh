@@ -1,0 +1,38 @@
+// A guess at a part's first page, which the L2 fetches while the page's index is on its way.
+//
+// A step's layers are decoded by one plan and one block table, each from a cache of its own: where a block's
+// first page lay in the launch before, it most likely lies in this one, too. A wrong guess leads to a page
+// that nobody needs, or past the cache's end, where the copy engine fetches nothing.
+#pragma once
+
+#include "kernels.h"
+#include "ptx.cuh"
+#include "tiles.cuh"
+#include "work.cuh"
+
+namespace mla {
+
+struct alignas(16) FirstPage {
+    int seq, page;  // which one of the plan's
+    int index;      // where it lay
+    int is_known;   // nonzero, if the block had any page
+};
+
+// Of each block's last launch. Each kernel's source has its own.
+__device__ static FirstPage g_first_pages[kMaxBlocks];
+
+__device__ inline FirstPage& first_page_of_block() {
+    return g_first_pages[(blockIdx.y * gridDim.x + blockIdx.x) % kMaxBlocks];
+}
+
+// By one thread.
+__device__ inline void prefetch_first_page(const DecodeMaps& maps, const RowTile& tile, const PartPlan& plan,
+                                           const FirstPage& guess, int latent_box_tiles) {
+    if (guess.seq != plan.first_seq || guess.page != plan.first_page || !guess.is_known) return;
+    ptx::prefetch_box(maps.k_rope, 0, tile.kv_head, kRopeTile, guess.index, ptx::evict_first());
+#pragma unroll 1
+    for (int t = 0; t < kTilesV; t += latent_box_tiles)
+        ptx::prefetch_box(maps.k_latent, 0, tile.kv_head, t, guess.index, ptx::evict_first());
+}
+
+}  // namespace mla
