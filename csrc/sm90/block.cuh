@@ -29,7 +29,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     const bool guesses = (Storage::kOneTile || !share_pages(params)) &&
                          ptx::uniform(threadIdx.x / 32) == kConsumers * kWarps + 1;
     FirstPage guess{};
-    if (guesses) guess = first_page_of_block();
+    if (guesses) guess = first_page_of_block(params);
     // This way around the producer's code comes first, and it is the first that is needed.
     if (warpgroup < kConsumers) {
         if (threadIdx.x == 0) shared.plan = plan;

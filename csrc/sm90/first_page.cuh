@@ -1,6 +1,6 @@
 // A guess at a part's first page, which the L2 fetches while the page's index is on its way.
 //
-// A step's layers are decoded by one plan and one block table, each from a cache of its own: where a block's
+// A step's layers are decoded by one plan and one block table, each from a cache of its own: where a part's
 // first page lay in the launch before, it most likely lies in this one, too. A wrong guess leads to a page
 // that nobody needs, or past the cache's end, where the copy engine fetches nothing.
 #pragma once
@@ -13,22 +13,29 @@
 namespace mla {
 
 struct alignas(16) FirstPage {
-    int seq, page;  // which one of the plan's
+    int seq, page;  // which one of the plan's; no sequence, -1, if the part had no page
     int index;      // where it lay
-    int is_known;   // nonzero, if the block had any page
+    int unused;
 };
 
-// Of each block's last launch. Each kernel's source has its own.
-__device__ static FirstPage g_first_pages[kMaxBlocks];
+// Plans are told apart by where they lie, in steps of torch's allocations: a draft model's calls, or those of
+// the other mode, do not disturb. That two share a place costs no more than wrong guesses.
+constexpr int kPlans = 64, kPlanStep = 512;
 
-__device__ inline FirstPage& first_page_of_block() {
-    return g_first_pages[(blockIdx.y * gridDim.x + blockIdx.x) % kMaxBlocks];
+// Of each part in the last launch by a plan. Each kernel's source has its own.
+__device__ static FirstPage g_first_pages[kPlans][kMaxBlocks];
+
+// Blocks 0, 1, … of the grid's y are as many parts, in any order; those of its x have a part's page in
+// common.
+__device__ inline FirstPage& first_page_of_block(const DecodeParams& params) {
+    const uintptr_t plan = reinterpret_cast<uintptr_t>(params.parts) / kPlanStep % kPlans;
+    return g_first_pages[plan][blockIdx.y % kMaxBlocks];
 }
 
 // By one thread.
 __device__ inline void prefetch_first_page(const DecodeMaps& maps, const RowTile& tile, const PartPlan& plan,
                                            const FirstPage& guess, int latent_box_tiles) {
-    if (guess.seq != plan.first_seq || guess.page != plan.first_page || !guess.is_known) return;
+    if (guess.seq != plan.first_seq || guess.page != plan.first_page) return;
     ptx::prefetch_box(maps.k_rope, 0, tile.kv_head, kRopeTile, guess.index, ptx::evict_first());
 #pragma unroll 1
     for (int t = 0; t < kTilesV; t += latent_box_tiles)

@@ -43,7 +43,8 @@ class Loader {
 
     __device__ void load_all() {
         for_each_split<kOneLane>(params_, plan_, tile_, [&](const Split& split) { load(split); });
-        first_page_of_block() = {plan_.first_seq, plan_.first_page, first_index_, pages_asked_for_ > 0};
+        const int seq = pages_asked_for_ > 0 ? plan_.first_seq : -1;
+        first_page_of_block(params_) = {seq, plan_.first_page, first_index_, 0};
     }
 
   private:
