@@ -58,9 +58,10 @@ def test_demo_with_a_model_without_tokenizer_says_that_it_asks_the_recall_task()
         main(["demo", "--model", str(RECALL.parent / "deepseek-v3-few-layers")])
 
 
-def test_demo_needs_a_prompt():
-    with pytest.raises(SystemExit, match="--prompts is 0, expected at least 1"):
-        main(["demo", "--prompts", "0"])
+@pytest.mark.parametrize(("prompts", "said"), [("0", "0"), ("100000", "100,000")])
+def test_demo_answers_neither_no_prompt_nor_more_than_in_a_day(prompts, said):
+    with pytest.raises(SystemExit, match=f"--prompts is {said}, expected 1 to 10,000"):
+        main(["demo", "--prompts", prompts])
 
 
 @pytest.mark.parametrize(

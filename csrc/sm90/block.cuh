@@ -44,7 +44,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     }
     Loader<Storage> loader(params, maps, shared, plan, tile);
     if (in_producer_warp && ptx::elect_lane()) loader.begin();
-    arrive_at_start();  // and waits for nobody: the barriers are set up by the lane that uses them
+    arrive_at_start();  // and waits for no other warp: the barriers are set up by the lane that uses them
     if (guesses && ptx::elect_lane()) prefetch_first_page(maps, tile, plan, guess, Storage::kLatentBoxTiles);
     ptx::give_registers<kProducerRegisters>();
     if (in_producer_warp && ptx::elect_lane()) loader.load_all();

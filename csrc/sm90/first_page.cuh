@@ -2,7 +2,7 @@
 //
 // A step's layers are decoded by one plan and one block table, each from a cache of its own: where a part's
 // first page lay in the launch before, it most likely lies in this one, too. A wrong guess leads to a page
-// that nobody needs, or past the cache's end, where the copy engine fetches nothing.
+// that nobody needs, or past the end of a smaller cache, where the copy engine fetches nothing.
 #pragma once
 
 #include "kernels.h"
@@ -13,20 +13,19 @@
 namespace mla {
 
 struct alignas(16) FirstPage {
-    int seq, page;  // which one of the plan's; no sequence, -1, if the part had no page
-    int index;      // where it lay
-    int unused;
+    int seq, page;  // where the part begins by its plan; no sequence, -1, if it had no page
+    int index;      // where its first page lay: an index that was used
+    int unused;     // so that all is loaded and stored at once
 };
 
 // Plans are told apart by where they lie, in steps of torch's allocations: a draft model's calls, or those of
-// the other mode, do not disturb. That two share a place costs no more than wrong guesses.
+// the other mode, seldom disturb. That two share a place costs no more than wrong guesses.
 constexpr int kPlans = 64, kPlanStep = 512;
 
-// Of each part in the last launch by a plan. Each kernel's source has its own.
+// Of each part in the last launch by a plan. Each kernel's source has its own, 256 KB.
 __device__ static FirstPage g_first_pages[kPlans][kMaxBlocks];
 
-// Blocks 0, 1, … of the grid's y are as many parts, in any order; those of its x have a part's page in
-// common.
+// By the grid's y, which stands for a part; its x, other KV heads or row tiles, begin with the same page.
 __device__ inline FirstPage& first_page_of_block(const DecodeParams& params) {
     const uintptr_t plan = reinterpret_cast<uintptr_t>(params.parts) / kPlanStep % kPlans;
     return g_first_pages[plan][blockIdx.y % kMaxBlocks];

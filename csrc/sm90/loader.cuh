@@ -65,6 +65,7 @@ class Loader {
             // The block's first query goes along with the page, or ahead of it. Later ones follow it: the
             // page need not wait until the query before was used.
             if (kQueryHasBarrier && is_first) load_query(split.query);
+            if (is_first) first_index_ = page_index;  // may be of a later sequence, if the first has no page
             if (Storage::kHalfMayIdle && pages_asked_for_ >= kStages && half_is_idle()) {
                 ptx::barrier_wait(full(kRightV), stage_.parity ^ 1);  // the page is there that has the place
                 prefetch_page(page_index);

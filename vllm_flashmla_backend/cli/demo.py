@@ -27,6 +27,7 @@ SEED = 20
 MIN_TOKENS, MAX_TOKENS = 500, 4000
 CACHE_BYTES = 1 << 30  # 466,000 tokens of the recall model; by default vLLM takes nearly all memory
 FREE_SHARE = 0.05  # of a GPU's memory, without which vLLM does not start; by default 0.92
+MOST_PROMPTS = 10_000  # hours on a CPU
 LEAST_RIGHT = 0.99
 """The model answers this share of such prompts where attention is right; less is a failure."""
 
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the prompts and print the table; 0 if at least 99 % were right."""
-    if args.prompts < 1:
-        raise SystemExit(f"--prompts is {args.prompts}, expected at least 1")
+    if not 1 <= args.prompts <= MOST_PROMPTS:
+        raise SystemExit(f"--prompts is {args.prompts:,}, expected 1 to {MOST_PROMPTS:,}")
     if not (args.model / "config.json").is_file():
         raise SystemExit(
             f"--model is {args.model}, which has no config.json; expected the repository's configs/recall"

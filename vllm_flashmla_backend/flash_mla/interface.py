@@ -228,6 +228,7 @@ def _decode(args: DecodeArguments, num_splits: torch.Tensor | None, batch_invari
     b = q_nope.shape[0] if args.cu_seqlens_q is None else args.cu_seqlens_q.shape[0] - 1
     check_cache(b, q_nope, k_cache, args.block_table, cache_seqlens)
     check_softmax_scale(args.softmax_scale)
+    check_bool("causal", args.causal)
     check_bool("batch_invariant", batch_invariant)
     h_q, h_kv, device = q_nope.shape[2], k_cache.shape[2], q_nope.device
     metadata = args.tile_scheduler_metadata
