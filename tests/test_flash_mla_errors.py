@@ -91,6 +91,7 @@ WRONG = [
     ("softmax_scale", lambda x: -x, "expected a finite number above 0"),
     ("softmax_scale", lambda x: math.nan, "got nan, expected a finite number above 0"),
     ("softmax_scale", lambda x: math.inf, "got inf, expected a finite number above 0"),
+    ("causal", lambda x: "yes", "got 'yes', expected True or False"),
     ("num_splits", lambda t: t[:3], r"got shape \(3,\), expected \(4,\)"),
     ("num_splits", lambda t: None, "got NoneType, expected a tensor"),
     ("num_splits", lambda t: t * 2, "got a plan for other lengths"),
