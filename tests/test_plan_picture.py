@@ -83,6 +83,14 @@ def test_png_has_a_piece_for_every_split(work):
     assert sum(width for _, width in pieces) == sum(-(-n // 64) for n in LENGTHS)
 
 
+def test_png_leaves_out_the_idle_parts_at_the_end():
+    metadata, _ = schedule.plan([100], 66)
+    work = plan.by_part(schedule.splits_of(metadata, [100]), 66)
+    (axes,) = plan.draw(work, [100]).axes
+    assert axes.get_ylabel() == "part, 65 idle ones behind these"
+    assert max(axes.get_ylim()) < 8
+
+
 def test_command_draws_in_the_terminal_and_as_png(tmp_path, capsys):
     lens = ",".join(map(str, LENGTHS))
     assert main(["plan", "--lens", lens, "--parts", str(PARTS)]) == 0

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-invariant", action="store_true", help="the plan that vLLM's VLLM_BATCH_INVARIANT=1 gets"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.png", help="draw in this file (default: in the terminal)"
+        "--out",
+        type=Path,
+        metavar="FILE.png",
+        help="draw in this file, of any kind that matplotlib writes (default: in the terminal)",
     )
 
 
@@ -211,9 +214,12 @@ def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
 
     colours = colormaps["tab20"].colors
     longest = max(1, *(num_pages(splits) for splits in work))
-    figure = Figure(figsize=(13, 1.6 + 0.19 * max(len(work), 8)), layout="constrained")
+    busy = 1 + max((part for part, splits in enumerate(work) if splits), default=0)
+    idle = f", {count(len(work) - busy, 'idle one')} behind these" if busy < len(work) else ""
+    rows = min(max(busy, 8), len(work))
+    figure = Figure(figsize=(13, 1.6 + 0.19 * max(rows, 8)), layout="constrained")
     axes = figure.subplots()
-    for part, splits in enumerate(work):
+    for part, splits in enumerate(work[:busy]):
         left = 0
         for split in splits:
             width = split.page_end - split.page_begin
@@ -223,10 +229,10 @@ def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
                 middle = left + width / 2
                 axes.text(middle, part, name(split), fontsize=6.5, ha="center", va="center")
             left += width
-    axes.set(xlim=(0, longest * 1.01), ylim=(len(work) - 0.4, -0.6))
+    axes.set(xlim=(0, longest * 1.01), ylim=(rows - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="pages, in the order of a part's work", ylabel="part")
+    axes.set(xlabel="pages, in the order of a part's work", ylabel=f"part{idle}")
     axes.set_title(
         "which part works on which pages: sequence[first:end)\n" + summary(work, lengths), fontsize=9
     )
