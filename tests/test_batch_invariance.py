@@ -25,7 +25,7 @@ from mla_cases import (
     run,
     run_ragged,
 )
-from test_schedule import LENGTHS, PARTS
+from plan_strategies import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla import (
     MLAPlan,

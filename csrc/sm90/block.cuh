@@ -25,7 +25,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
         init_barriers(shared);
         prefetch_maps(maps);
     }
-    // By a warp that has nothing else to do. Blocks that share their pages would come out of step.
+    // first_page.cuh, by a warp that has nothing else to do. Blocks that share pages would come out of step.
     const bool guesses = (Storage::kOneTile || !share_pages(params)) &&
                          ptx::uniform(threadIdx.x / 32) == kConsumers * kWarps + 1;
     FirstPage guess{};

@@ -214,12 +214,12 @@ def draw(work: list[list[Split]], lengths: list[int]) -> Figure:
 
     colours = colormaps["tab20"].colors
     longest = max(1, *(num_pages(splits) for splits in work))
-    busy = 1 + max((part for part, splits in enumerate(work) if splits), default=0)
-    idle = f", {count(len(work) - busy, 'idle one')} behind these" if busy < len(work) else ""
-    rows = min(max(busy, 8), len(work))
+    end = 1 + max((part for part, splits in enumerate(work) if splits), default=0)  # of the parts with work
+    idle = f", {count(len(work) - end, 'idle one')} behind these" if end < len(work) else ""
+    rows = min(max(end, 8), len(work))
     figure = Figure(figsize=(13, 1.6 + 0.19 * max(rows, 8)), layout="constrained")
     axes = figure.subplots()
-    for part, splits in enumerate(work[:busy]):
+    for part, splits in enumerate(work[:end]):
         left = 0
         for split in splits:
             width = split.page_end - split.page_begin
