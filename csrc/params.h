@@ -38,8 +38,8 @@ struct alignas(32) PartPlan {
     int last_seq;       // inclusive
     int last_page_end;  // page of last_seq to stop before
     int first_split;    // number of the first split within first_seq
-    int first_splits;   // how many splits first_seq has
-    int last_splits;    // how many splits last_seq has
+    int first_splits;   // how many splits first_seq has, -2 where the first hands a sum over to the second
+    int last_splits;    // how many splits last_seq has, likewise
     int first_slot;     // of the first split's partial
 };
 static_assert(sizeof(PartPlan) == kMetadataWidth * sizeof(int));

@@ -41,6 +41,7 @@ BATCH_INVARIANT = [
     Case((2500, 300), h_q=20),
 ]
 IN_ONE_PART = (600, 300, 130)  # tokens: several chunks, one sequence right behind the other
+HANDED_OVER = (700, 700, 700)  # on two parts: the second goes on with the first one's sum
 RAGGED = Case((700, 65, 3), s_q=5, h_q=37, causal=True)
 
 
@@ -72,9 +73,12 @@ if __name__ == "__main__":
         check(case, batch_invariant=True)
     for h_q in (20, 64):
         check(Case(IN_ONE_PART, h_q=h_q), batch_invariant=True, parts=1)
+        check(Case(HANDED_OVER, h_q=h_q), batch_invariant=True, parts=2)
     for h_q in (16, 64, 128):  # with 128 blocks share their pages
         check(Case((600, 300), h_q=h_q), growth=6, parts=1)  # each page raises the softmax's maximum
     run_with_foreign_plan(Case((130, 0), h_q=16), (5000, 5000))
+    for h_q in (16, 64):
+        run_with_foreign_plan(Case((130, 0, 10) * 50, h_q=h_q), (1100, 700, 900) * 50)  # sums handed over
     for batch_invariant in (False, True):
         inputs = make_inputs(RAGGED, torch.device("cuda", 0))
         for out, lse in run_ragged(RAGGED, inputs, (2, 0, 5), batch_invariant):

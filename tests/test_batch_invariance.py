@@ -41,7 +41,9 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     CHUNK_COST,
     PAGE_SIZE,
     START_COST,
+    Field,
     _fill,
+    _filled,
     ceil_div,
     chunk_level,
     num_pages,
@@ -126,6 +128,29 @@ def test_few_parts_give_the_bits_of_all_parts(h_q, growth, device):
         few = run(case, inputs, batch_invariant=True, parts=parts)
         assert torch.equal(few[0], of_all[0])
         assert torch.equal(few[1], of_all[1])
+
+
+# Two of them are cut on three parts, and the next part goes on with their sums.
+FIVE = (4100, 3900, 3000, 4200, 3500)
+HANDED_OVER = [
+    *(Case(FIVE, h_q=h_q) for h_q in (16, 20, 40, 128)),
+    Case(FIVE, s_q=2, h_q=12, h_kv=3, causal=True),
+    Case(FIVE, s_q=3, h_q=30, causal=True, dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize("growth", [0, 20])
+@pytest.mark.parametrize("case", HANDED_OVER, ids=str)
+def test_a_part_that_goes_on_with_a_sum_gives_the_bits_of_one_that_has_all(case, growth, device):
+    """Whether or not what was summed up before has to be rescaled."""
+    level = chunk_level(case.s_q * case.h_q // case.h_kv, True)
+    assert plan(case.lengths, 3, level)[0][:, Field.FIRST_SPLITS].tolist() == [1, -2, -2]
+    inputs = make_inputs(case, device)
+    add_growing_scores(inputs, growth)
+    of_one = run(case, inputs, batch_invariant=True, parts=1)
+    of_three = run(case, inputs, batch_invariant=True, parts=3)
+    assert torch.equal(of_three[0], of_one[0])
+    assert torch.equal(of_three[1], of_one[1])
 
 
 def test_the_default_mode_does_not_have_the_same_bits(device):
@@ -220,6 +245,30 @@ def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
             places.setdefault(split.seq, set()).add(split.slot - split.part)
     assert [places[seq] for seq in sorted(places)] == [{place} for place in range(len(places))]
     assert len(places) <= min(len(lengths), parts - 1)
+
+
+@given(LENGTHS, PARTS, LEVELS)
+def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
+    """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
+    waits until the part before has that, and is done within the budget all the same."""
+    pages = [num_pages(length) for length in lengths]
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    budget, _ = _filled(pages, cost, parts, level)
+    metadata, _ = plan(lengths, parts, level)
+    of_part = {}
+    for split in splits_of(metadata, lengths):
+        chunks = num_chunks(split.page_end - split.page_begin, level)
+        own = START_COST + max(1, split.page_end - split.page_begin) + CHUNK_COST * chunks
+        of_part.setdefault(split.part, []).append(own)
+    for part, row in enumerate(metadata.tolist()):
+        if row[Field.FIRST_SPLITS] < 0 and row[Field.FIRST_SPLIT] == 1:
+            first, *others = of_part[part]
+            assert max(sum(others), of_part[part - 1][-1]) + first <= budget
+
+
+def test_equal_sequences_of_two_parts_each_are_not_done_one_part_after_the_other():
+    metadata, _ = plan([2048] * 30, 60, 2)
+    assert metadata[:, Field.FIRST_SPLITS].tolist() == [2] * 60
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -41,6 +41,7 @@ struct Filler {
         unsigned count;
         unsigned head;
         unsigned each;
+        bool handed_over;  // the sum of the first one's chunks to the second one
     };
 
     __device__ Pieces take(const Chunks& chunks) {
@@ -61,6 +62,7 @@ struct Filler {
             part += between + 1;
             room = budget;
         }
+        pieces.handed_over = pieces.count == 2 && 2 * kStartCost + chunks.total_cost <= budget;
         room -= kStartCost + left;
         return pieces;
     }
@@ -112,6 +114,7 @@ __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_cons
     if (lane == 0) params.num_splits[0] = 0;
     for_each_sequence(params, [&](unsigned seq, const Chunks& chunks) {
         const Filler::Pieces pieces = filler.take(chunks);
+        const int count = pieces.handed_over ? -2 : pieces.count;
         __syncwarp();  // rows that the sequence before wrote are there
         for (unsigned piece = lane; piece < pieces.count; piece += kBudgets) {
             const auto page_at = [&](unsigned i) {
@@ -124,13 +127,13 @@ __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_cons
                 row.first_seq = seq;
                 row.first_page = page_at(piece);
                 row.first_split = piece;
-                row.first_splits = pieces.count;
+                row.first_splits = count;
                 row.first_slot = part + cut;
             }
             row.last_seq = seq;
             row.last_page_end =
                 piece + 1 < pieces.count ? page_at(piece + 1) : pages_of(params.seq_lens[seq]);
-            row.last_splits = pieces.count;
+            row.last_splits = count;
         }
         splits += pieces.count;
         cut += pieces.count > 1;

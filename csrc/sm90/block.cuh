@@ -7,12 +7,20 @@
 
 namespace mla {
 
+// Registers a thread: 3 x 128 threads share 65,536. Sums of chunks take more.
+template <Mode kMode>
+constexpr int kConsumerRegisters = kMode == Mode::kBatchInvariant ? 240 : 224;
+template <Mode kMode>
+constexpr int kProducerRegisters = kMode == Mode::kBatchInvariant ? 24 : 56;
+
 // Storage: the kernel's shared memory; State: what a consumer keeps from one split to the next.
 // Called are `init_barriers(shared)` by one thread, and by each consumer `consume(shared, tile, split,
 // consumer, state)` for each split and `merge(shared, tile, consumer)` after the last.
-template <typename Storage, typename State, typename InitBarriers, typename Consume, typename Merge>
+template <Mode kMode, typename Storage, typename State, typename InitBarriers, typename Consume,
+          typename Merge>
 __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& maps,
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
+    constexpr Order kOrder = kMode == Mode::kBatchInvariant ? kBackwards : kForwards;
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
     // First of all and by all: a branch before it would only delay it.
@@ -34,19 +42,20 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
     if (warpgroup < kConsumers) {
         if (threadIdx.x == 0) shared.plan = plan;
         wait_for_start();
-        ptx::take_registers<kConsumerRegisters>();
+        ptx::take_registers<kConsumerRegisters<kMode>>();
         State state;
         read_phases(params, shared.plan, shared.phases, warpgroup);
-        for_each_split(params, shared.plan, tile,
-                       [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
+        for_each_split<kOrder>(params, shared.plan, tile,
+                               [&](const Split& split) { consume(shared, tile, split, warpgroup, state); });
         merge(shared, tile, warpgroup);
         return;
     }
-    Loader<Storage> loader(params, maps, shared, plan, tile);
+    Loader<Storage, kOrder> loader(params, maps, shared, plan, tile);
     if (in_producer_warp && ptx::elect_lane()) loader.begin();
     arrive_at_start();  // and waits for no other warp: the barriers are set up by the lane that uses them
-    if (guesses && ptx::elect_lane()) prefetch_first_page(maps, tile, plan, guess, Storage::kLatentBoxTiles);
-    ptx::give_registers<kProducerRegisters>();
+    if (guesses && ptx::elect_lane())
+        prefetch_first_page<kOrder>(maps, tile, plan, guess, Storage::kLatentBoxTiles);
+    ptx::give_registers<kProducerRegisters<kMode>>();
     if (in_producer_warp && ptx::elect_lane()) loader.load_all();
 }
 

@@ -2,8 +2,10 @@
 // same order and by the same operations, so that the result's bits do not depend on who works on which of
 // them.
 //
-// A block that begins a sequence adds its chunks up, and if it has all of them the result is there; others
-// store theirs apart, and all of a sequence's blocks merge their shares. Both add in the sequence's order.
+// A block that begins a sequence adds its chunks up, and if it has all of them the result is there. Of two
+// blocks the second may go on with the first one's sum: it is what the first begins with, and what the second
+// ends with. Else other blocks store their chunks apart, and all of a sequence's blocks merge their shares.
+// All add in the sequence's order.
 #pragma once
 
 #include <cmath>
@@ -34,6 +36,25 @@ __device__ inline void for_each_chunk(const DecodeParams& params, const Split& p
         chunk.page_begin = chunk.page_end;
     } while (chunk.page_begin < piece.page_end);
 }
+
+// What a piece is of its sequence.
+struct PiecePlace : SplitPlace {
+    bool is_handed_over;  // of two pieces the second goes on with the first one's sum
+
+    __device__ PiecePlace(const DecodeParams& params, const BlockPlan& plan, const Split& piece)
+        : SplitPlace(params, without_signs(plan), piece),
+          is_handed_over((piece.seq == plan.first_seq ? plan.first_splits : plan.last_splits) < 0 &&
+                         is_partial()) {}
+    __device__ bool goes_on() const { return is_handed_over && index > 0; }
+
+  private:
+    // As schedule.py's Field says, numbers of splits are negative where sums are handed over.
+    __device__ static BlockPlan without_signs(BlockPlan plan) {
+        plan.first_splits = abs(plan.first_splits);
+        plan.last_splits = abs(plan.last_splits);
+        return plan;
+    }
+};
 
 // The slot of a piece's chunk 0, and of the sum of its chunks if it begins the sequence. Each part has one
 // for sequences that it has all of, one after the other, which so stays in the L2; behind these lie those of
@@ -144,14 +165,14 @@ __device__ inline void merge_items(const DecodeParams& params, const RowTile& ti
                                 item % kItems * 2 * kVectors + half);
 }
 
-// Merges the part's share of the sequences that others work on, too: kMost vectors of columns a lane at a
-// time, or kLeast where warps would have nothing to do.
+// Merges the part's share of the sequences whose chunks others have stored, too: kMost vectors of columns a
+// lane at a time, or kLeast where warps would have nothing to do.
 template <typename T, int kMost, int kLeast>
 __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer) {
-    for_each_split(params, plan, tile, [&](const Split& piece) {
-        const SplitPlace part(params, plan, piece);
-        if (!part.is_partial()) return;
+    for_each_split<kForwards>(params, plan, tile, [&](const Split& piece) {
+        const PiecePlace part(params, plan, piece);
+        if (!part.is_partial() || part.is_handed_over) return;
         const int pages = pages_of(piece.seq_len), chunks = num_chunks(pages, params.chunk_level);
         const int second_page = params.parts[plan.part - part.index + 1].first_page;
         const int second = max(1, min(second_page >> chunk_log2(pages, params.chunk_level), chunks));

@@ -13,7 +13,7 @@
 namespace mla {
 
 struct alignas(16) FirstPage {
-    int seq, page;  // where the part begins by its plan; no sequence, -1, if it had no page
+    int seq, page;  // where the part starts by its plan; no sequence, -1, if it had no page
     int index;      // where its first page lay: an index that was used
     int unused;     // so that all is loaded and stored at once
 };
@@ -32,9 +32,10 @@ __device__ inline FirstPage& first_page_of_block(const DecodeParams& params) {
 }
 
 // By one thread.
-__device__ inline void prefetch_first_page(const DecodeMaps& maps, const RowTile& tile, const PartPlan& plan,
+template <Order kOrder>
+__device__ inline void prefetch_first_page(const DecodeMaps& maps, const RowTile& tile, const BlockPlan& plan,
                                            const FirstPage& guess, int latent_box_tiles) {
-    if (guess.seq != plan.first_seq || guess.page != plan.first_page) return;
+    if (guess.seq != plan.start_seq<kOrder>() || guess.page != plan.start_page<kOrder>()) return;
     ptx::prefetch_box(maps.k_rope, 0, tile.kv_head, kRopeTile, guess.index, ptx::evict_first());
 #pragma unroll 1
     for (int t = 0; t < kTilesV; t += latent_box_tiles)

@@ -22,7 +22,7 @@ __device__ inline void prefetch_maps(const DecodeMaps& maps) {
 
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
 // its own, `q_full`, or under those of its first page.
-template <typename Storage>
+template <typename Storage, Order kOrder>
 class Loader {
   public:
     __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared,
@@ -31,7 +31,7 @@ class Loader {
 
     // Asks for what the first page's request takes. By the lane that then calls `load_all`.
     __device__ void begin() {
-        const int seq = plan_.first_seq, page = plan_.first_page;
+        const int seq = plan_.template start_seq<kOrder>(), page = plan_.template start_page<kOrder>();
         if (seq < 0 || seq >= params_.batch || page < 0 || page >= params_.max_pages) return;
         ptx::prefetch(params_.seq_lens + seq);
         first_index_ = params_.block_table[seq * params_.block_table_stride + page];
@@ -42,9 +42,9 @@ class Loader {
     }
 
     __device__ void load_all() {
-        for_each_split<kOneLane>(params_, plan_, tile_, [&](const Split& split) { load(split); });
-        const int seq = pages_asked_for_ > 0 ? plan_.first_seq : -1;
-        first_page_of_block(params_) = {seq, plan_.first_page, first_index_, 0};
+        for_each_split<kOrder, kOneLane>(params_, plan_, tile_, [&](const Split& split) { load(split); });
+        const int seq = pages_asked_for_ > 0 ? plan_.template start_seq<kOrder>() : -1;
+        first_page_of_block(params_) = {seq, plan_.template start_page<kOrder>(), first_index_, 0};
     }
 
   private:
@@ -56,7 +56,7 @@ class Loader {
     __device__ void load(const Split& split) {
         const int* table = params_.block_table + split.seq * params_.block_table_stride;
         int page_index = first_index_;
-        if (pages_asked_for_ > 0 || split.seq != plan_.first_seq)
+        if (pages_asked_for_ > 0 || split.seq != plan_.template start_seq<kOrder>())
             page_index = split.is_empty() ? 0 : table[split.page_begin];
         evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {

@@ -149,6 +149,16 @@ __device__ inline void add_or_store(float2* to, float2 value, bool adds, uint64_
         "f"(value.x), "f"(value.y), "r"(static_cast<int>(adds)), "l"(policy)
         : "memory");
 }
+__device__ inline void store(float4* to, float4 value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(value.x),
+                 "f"(value.y), "f"(value.z), "f"(value.w), "l"(policy)
+                 : "memory");
+}
+__device__ inline void store(float2* to, float2 value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(value.x), "f"(value.y),
+                 "l"(policy)
+                 : "memory");
+}
 __device__ inline void store(float* to, float value, uint64_t policy) {
     asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(policy) : "memory");
 }

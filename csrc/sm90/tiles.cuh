@@ -28,10 +28,6 @@ constexpr int kMaxSharedBytes = 227 * 1024;  // a thread block's
 constexpr int kConsumers = 2;                            // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one loads
 
-// Registers a thread: 3 x 128 threads share 65,536.
-constexpr int kConsumerRegisters = 224;
-constexpr int kProducerRegisters = 56;
-
 // The page's tiles in the groups that arrive together, and are given back. The last ones are those of V's
 // right half that a kernel gives back late; it may have none.
 enum TileGroup { kLeftV, kRightV, kRope, kLateV, kTileGroups };

@@ -18,6 +18,10 @@ __device__ inline int part_of_block(const DecodeParams& params, bool half_may_id
     return half_may_idle ? block / 2 + block % 2 * first_of_last_half(params) : block;
 }
 
+// In which order a part works on its sequences. The batch-invariant mode begins with the last one, so that
+// the next part may go on with it at its own end.
+enum Order { kForwards, kBackwards };
+
 // The plan of the block's part.
 struct BlockPlan : PartPlan {
     int part;
@@ -25,6 +29,16 @@ struct BlockPlan : PartPlan {
     __device__ BlockPlan(const DecodeParams& params, bool half_may_idle)
         : PartPlan(params.parts[part_of_block(params, half_may_idle)]),
           part(part_of_block(params, half_may_idle)) {}
+
+    // Where it starts: with which sequence, and at which page.
+    template <Order kOrder>
+    __device__ int start_seq() const {
+        return kOrder == kForwards ? first_seq : last_seq;
+    }
+    template <Order kOrder>
+    __device__ int start_page() const {
+        return kOrder == kForwards || first_seq == last_seq ? first_page : 0;
+    }
 };
 
 // The block's rows of one KV head, up to 64: `tokens_per_tile` query tokens with `heads` heads each, in this
@@ -107,25 +121,30 @@ struct Split {
 // Who walks the splits: a warp's lanes together, or one by itself, to which no other lane can give a value.
 enum Walk { kWholeWarp, kOneLane };
 
-// Calls `work` on each split of the part, in order. All roles of a block walk the same splits.
+// Calls `work` on each split of the part. All roles of a block walk the same splits.
 //
 // What the plan and the lengths say is clamped to the arguments' shapes: a plan made for another batch gives
 // wrong rows, but leads to no memory that is not the call's. Nor does it leave blocks waiting (arrivals.cuh),
 // as which blocks meet is up to the plan and to the lengths, which all of them see alike.
-template <Walk kWalk = kWholeWarp, typename Work>
+template <Order kOrder, Walk kWalk = kWholeWarp, typename Work>
 __device__ inline void for_each_split(const DecodeParams& params, const BlockPlan& plan, const RowTile& tile,
                                       Work&& work) {
     // Tells the compiler that a warp's lanes stay together, all along the pages.
     const auto uniform = [](int value) { return kWalk == kWholeWarp ? ptx::uniform(value) : value; };
-    const int last_seq = uniform(min(plan.last_seq, params.batch - 1));
-    for (int seq = uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) {
+    const auto visit = [&](int seq) {
         const int seq_len = params.seq_lens[seq];
         const int pages = min(pages_of(seq_len), params.max_pages);
         const Query query(params, seq);
-        if (tile.first_token >= query.length) continue;
+        if (tile.first_token >= query.length) return;
         const int page_begin = seq == plan.first_seq ? max(0, min(plan.first_page, params.max_pages)) : 0;
         const int page_end = seq == plan.last_seq ? min(pages, plan.last_page_end) : pages;
         work(Split{seq, min(seq_len, pages * kPageSize), uniform(page_begin), uniform(page_end), query});
+    };
+    const int last_seq = uniform(min(plan.last_seq, params.batch - 1));
+    if constexpr (kOrder == kForwards) {
+        for (int seq = uniform(max(plan.first_seq, 0)); seq <= last_seq; ++seq) visit(seq);
+    } else {
+        for (int seq = last_seq; seq >= uniform(max(plan.first_seq, 0)); --seq) visit(seq);
     }
 }
 

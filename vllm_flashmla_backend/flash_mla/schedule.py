@@ -80,8 +80,8 @@ class Field(IntEnum):
     LAST_SEQ = 2  # batch index of the last split, inclusive
     LAST_PAGE_END = 3  # page of LAST_SEQ the part stops before
     FIRST_SPLIT = 4  # the first split's number within FIRST_SEQ
-    FIRST_SPLITS = 5  # how many splits FIRST_SEQ has
-    LAST_SPLITS = 6  # how many splits LAST_SEQ has
+    FIRST_SPLITS = 5  # how many splits FIRST_SEQ has; -2 where the first one hands over: see _in_chunks
+    LAST_SPLITS = 6  # how many splits LAST_SEQ has, likewise
     FIRST_SLOT = 7  # slot of the first split's partial result: the part + FIRST_SEQ's cut predecessors
 
 
@@ -169,6 +169,7 @@ class _Layout:
     first_part: list[int]
     last_part: list[int]  # inclusive
     page_at: Callable[[int, int], int]  # (seq, part) -> page of `seq` that `part` begins at
+    handed_over: frozenset[int] = frozenset()  # sequences whose first part hands its sum over to the second
 
 
 def _share(total: int, ways: int, number: int) -> int:
@@ -282,10 +283,32 @@ def _on_a_line(line: _Line) -> _Layout:
 def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
     """The batch-invariant mode: whole chunks, each part filled with them up to a budget.
 
+    A sequence on two parts need not be merged if they work on it one after the other: a part begins with its
+    last sequence, and ends with its first one. No part is done later than the budget allows, though it may
+    have to wait, if both pieces fit into one.
+    """
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    budget, begins = _filled(pages, cost, parts, level)
+    return _Layout(
+        [min(of_seq) for of_seq in begins],
+        [max(of_seq) for of_seq in begins],
+        lambda seq, part: begins[seq].get(part, pages[seq]),
+        frozenset(
+            seq
+            for seq, of_seq in enumerate(begins)
+            if len(of_seq) == 2 and 2 * START_COST + cost[seq] <= budget
+        ),
+    )
+
+
+def _filled(
+    pages: Sequence[int], cost: Sequence[int], parts: int, level: int
+) -> tuple[int, list[dict[int, int]]]:
+    """The budget, and what `_fill` makes of it.
+
     A chunk costs its pages and CHUNK_COST, what a part does of a sequence START_COST beside. Of
     NUM_BUDGETS between the fair share and one that is always enough, the least that is enough is taken.
     """
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
     dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
     least = max(ceil_div(sum(cost) + START_COST * len(pages), parts), START_COST + dearest)
     for i in range(NUM_BUDGETS):
@@ -293,11 +316,7 @@ def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
         begins = _fill(pages, cost, budget, level)
         if max(begins[-1]) < parts:
             break
-    return _Layout(
-        [min(of_seq) for of_seq in begins],
-        [max(of_seq) for of_seq in begins],
-        lambda seq, part: begins[seq].get(part, pages[seq]),
-    )
+    return budget, begins
 
 
 def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
@@ -351,14 +370,15 @@ def plan(
     num_splits, cut = [0], 0  # cut: sequences so far that have several splits
     for seq, (first, last) in enumerate(zip(layout.first_part, layout.last_part, strict=True)):
         splits = last - first + 1
+        shown = -splits if seq in layout.handed_over else splits
         for part in range(first, last + 1):
             row = rows[part]
             if row[Field.FIRST_SEQ] == len(pages):
                 row[Field.FIRST_SEQ], row[Field.FIRST_PAGE] = seq, layout.page_at(seq, part)
-                row[Field.FIRST_SPLIT], row[Field.FIRST_SPLITS] = part - first, splits
+                row[Field.FIRST_SPLIT], row[Field.FIRST_SPLITS] = part - first, shown
                 row[Field.FIRST_SLOT] = part + cut
             row[Field.LAST_SEQ], row[Field.LAST_PAGE_END] = seq, layout.page_at(seq, part + 1)
-            row[Field.LAST_SPLITS] = splits
+            row[Field.LAST_SPLITS] = shown
         num_splits.append(num_splits[-1] + splits)
         cut += splits > 1
     return torch.tensor(rows, dtype=torch.int32), torch.tensor(num_splits, dtype=torch.int32)
@@ -372,7 +392,7 @@ def splits_of(metadata: torch.Tensor, cache_seqlens: Sequence[int]) -> list[Spli
         if first >= len(cache_seqlens):
             continue
         # Only the first and the last may be cut; if both are, their slots are neighbours.
-        splits = {last: row[Field.LAST_SPLITS], first: row[Field.FIRST_SPLITS]}
+        splits = {last: abs(row[Field.LAST_SPLITS]), first: abs(row[Field.FIRST_SPLITS])}
         last_slot = row[Field.FIRST_SLOT] + (splits[first] > 1)
         for seq in range(first, last + 1):
             found.append(

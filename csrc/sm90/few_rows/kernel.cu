@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             merge_splits<T, 2, kSmallHalves>(params, shared, tile, consumer);
         }
     };
-    run_block<Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume, merge);
+    run_block<kMode, Storage<kRows>, ConsumerState>(params, maps, init_barriers<kRows>, consume, merge);
 }
 
 template <typename T, int kRows>

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             merge_splits<T, 4, kColumnsInTurns>(params, shared, tile, consumer);
         }
     };
-    run_block<Storage, ConsumerState>(params, maps, init_barriers, consume, merge);
+    run_block<kMode, Storage, ConsumerState>(params, maps, init_barriers, consume, merge);
 }
 
 template <typename T>
