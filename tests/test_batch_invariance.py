@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mla_cases import (
     SCALE,
@@ -225,6 +225,57 @@ def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
         assert torch.equal(alone[0][0], out[seq])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [16, 60])
+def test_a_replayed_graph_hands_the_sums_of_each_replay_over(h_q):
+    case = Case((2500,) * 300, h_q=h_q)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    metadata, num_splits = plan_for(case, inputs, True)
+    out = torch.empty_like(inputs.q_nope)
+
+    def step() -> None:
+        plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q, True))
+        flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
+
+    graph = captured(step)
+    for lengths in ((2500, 900, 64) * 100, (64, 900, 2500) * 100, (2500, 900, 64) * 100):
+        inputs.cache_seqlens.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert (metadata[:, Field.FIRST_SPLITS] == -2).sum() > 50
+        of_one = run(replace(case, lengths=lengths), inputs, batch_invariant=True, parts=1)
+        assert torch.equal(out, of_one[0])
+
+
+@pytest.mark.gpu
+def test_a_ragged_call_hands_the_sums_of_tiles_with_rows_over():
+    """The second of two tiles has no row of most sequences, and neither of its parts counts for these."""
+    case = Case((300, 1100, 700) * 100, s_q=2, h_q=64, causal=True)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    assert (plan_for(case, inputs, True)[0][:, Field.FIRST_SPLITS] == -2).sum() > 20
+    query_lens = (2, 1, 0) * 50 + (1, 0, 2) * 50
+    first, again = (run_ragged(case, inputs, query_lens, batch_invariant=True) for _ in range(2))
+    for seq in (0, 1, 2, 150, 151, 152, 297, 299):
+        one = replace(case, lengths=case.lengths[seq : seq + 1])
+        alone = run_ragged(one, one_of(inputs, [seq]), query_lens[seq : seq + 1], batch_invariant=True)[0]
+        for together in (first, again):
+            assert torch.equal(alone[0], together[seq][0])
+            assert torch.equal(alone[1], together[seq][1])
+
+
+@pytest.mark.parametrize("h_q", [16, 60])
+def test_a_plan_of_this_mode_serves_the_default_one(h_q, device):
+    """Where a sum would be handed over, both pieces are merged, and counters are left as they were."""
+    case = Case((1100, 700, 900) * 50, h_q=h_q)
+    inputs = make_inputs(case, device)
+    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
+    metadata, num_splits = plan_for(case, inputs, True)
+    assert (metadata[:, Field.FIRST_SPLITS] == -2).any()
+    for _ in range(3):
+        results = flash_mla_decode(*tensors, metadata, num_splits, SCALE, False)
+        assert_agree(results, expected(case, inputs))
+
+
 @given(LENGTHS, PARTS, LEVELS)
 def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
     next_page = [0] * len(lengths)
@@ -247,6 +298,7 @@ def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
     assert len(places) <= min(len(lengths), parts - 1)
 
 
+@example([6452, 11088, 7932, 19014], 3, 2)
 @given(LENGTHS, PARTS, LEVELS)
 def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
     """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
@@ -257,9 +309,9 @@ def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
     metadata, _ = plan(lengths, parts, level)
     of_part = {}
     for split in splits_of(metadata, lengths):
-        chunks = num_chunks(split.page_end - split.page_begin, level)
-        own = START_COST + max(1, split.page_end - split.page_begin) + CHUNK_COST * chunks
-        of_part.setdefault(split.part, []).append(own)
+        piece = max(1, split.page_end - split.page_begin)
+        chunks = ceil_div(piece, chunk_pages(pages[split.seq], level))
+        of_part.setdefault(split.part, []).append(START_COST + piece + CHUNK_COST * chunks)
     for part, row in enumerate(metadata.tolist()):
         if row[Field.FIRST_SPLITS] < 0 and row[Field.FIRST_SPLIT] == 1:
             first, *others = of_part[part]

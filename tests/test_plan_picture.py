@@ -154,7 +154,8 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query
     assert main(["plan", *options, "--batch-invariant"]) == 0
     said = capsys.readouterr().out
     metadata, _ = schedule.plan([9000, 300], 8, level)
-    pieces = [plan.name(split) for split in schedule.splits_of(metadata, [9000, 300])]
+    work = plan.by_part(schedule.splits_of(metadata, [9000, 300]), 8)
+    pieces = [plan.name(split) for splits in work for split in splits[::-1]]  # the last sequence first
     assert re.findall(r"\d+\[\d+:\d+\)", said) == pieces
     cuts = [int(page) for page in re.findall(r"0\[(\d+):", said)]
     assert chunks in said

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_cons
     if (lane == 0) params.num_splits[0] = 0;
     for_each_sequence(params, [&](unsigned seq, const Chunks& chunks) {
         const Filler::Pieces pieces = filler.take(chunks);
-        const int count = pieces.handed_over ? -2 : pieces.count;
+        const int count = pieces.handed_over ? -2 : static_cast<int>(pieces.count);
         __syncwarp();  // rows that the sequence before wrote are there
         for (unsigned piece = lane; piece < pieces.count; piece += kBudgets) {
             const auto page_at = [&](unsigned i) {

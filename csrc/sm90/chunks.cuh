@@ -42,19 +42,19 @@ struct PiecePlace : SplitPlace {
     bool is_handed_over;  // of two pieces the second goes on with the first one's sum
 
     __device__ PiecePlace(const DecodeParams& params, const BlockPlan& plan, const Split& piece)
-        : SplitPlace(params, without_signs(plan), piece),
+        : SplitPlace(params, plan, piece),
           is_handed_over((piece.seq == plan.first_seq ? plan.first_splits : plan.last_splits) < 0 &&
                          is_partial()) {}
     __device__ bool goes_on() const { return is_handed_over && index > 0; }
-
-  private:
-    // As schedule.py's Field says, numbers of splits are negative where sums are handed over.
-    __device__ static BlockPlan without_signs(BlockPlan plan) {
-        plan.first_splits = abs(plan.first_splits);
-        plan.last_splits = abs(plan.last_splits);
-        return plan;
-    }
 };
+
+// Waits for the sum that a piece goes on with. The piece arrives, too, though it has written nothing: only
+// when all have, the counter is as it was.
+__device__ inline void wait_for_sum(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
+                                    const Split& piece, const PiecePlace& place, int consumer) {
+    arrive(params, plan, place, consumer);
+    wait_for_all(params, plan, phases, piece, place, consumer);
+}
 
 // The slot of a piece's chunk 0, and of the sum of its chunks if it begins the sequence. Each part has one
 // for sequences that it has all of, one after the other, which so stays in the L2; behind these lie those of

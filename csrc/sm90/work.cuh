@@ -30,10 +30,10 @@ struct BlockPlan : PartPlan {
         : PartPlan(params.parts[part_of_block(params, half_may_idle)]),
           part(part_of_block(params, half_may_idle)) {}
 
-    // Where it starts: with which sequence, and at which page.
+    // Where it starts: with which sequence, past the batch's end if it is idle, and at which page.
     template <Order kOrder>
     __device__ int start_seq() const {
-        return kOrder == kForwards ? first_seq : last_seq;
+        return kOrder == kForwards ? first_seq : max(first_seq, last_seq);
     }
     template <Order kOrder>
     __device__ int start_page() const {
@@ -165,8 +165,9 @@ struct SplitPlace {
         const bool is_first = split.seq == plan.first_seq;
         index = is_first ? first_split_of(plan) : 0;
         num_splits = is_first ? plan.first_splits : split.seq == plan.last_seq ? plan.last_splits : 1;
+        num_splits = abs(num_splits);  // negative if sums are handed over: PiecePlace
         num_splits = max(index + 1, min(num_splits, params.num_parts - plan.part + index));
-        first_slot = plan.first_slot + (!is_first && plan.first_splits > 1 ? 1 : 0) - index;
+        first_slot = plan.first_slot + (!is_first && plan.first_splits != 1 ? 1 : 0) - index;
         first_slot = max(0, min(first_slot, params.num_slots - num_splits));
     }
     __device__ bool is_partial() const { return num_splits > 1; }

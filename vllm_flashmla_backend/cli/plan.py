@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     level = schedule.chunk_level(rows, args.batch_invariant)
     metadata, _ = schedule.plan(lengths, num_parts, level, rows)
     work = by_part(schedule.splits_of(metadata, lengths), num_parts)
+    if args.batch_invariant:  # a part begins with its last sequence
+        work = [splits[::-1] for splits in work]
     if args.out:
         save(draw(work, lengths), args.out)
         print(f"plot: {args.out}")
@@ -92,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     print(summary(work, lengths))
     if level:
         print(chunks(lengths, level))
+        handed_over = int((metadata[:, schedule.Field.FIRST_SPLITS] < 0).sum())
+        print(f"{count(handed_over, 'sequence')} handed over: a part goes on with the sum of the one before")
     return 0
 
 
@@ -125,7 +129,7 @@ def num_sms() -> int:
 
 
 def by_part(splits: list[Split], num_parts: int) -> list[list[Split]]:
-    """Each part's splits in the order of its work; idle parts have none."""
+    """Each part's splits; idle parts have none."""
     work: list[list[Split]] = [[] for _ in range(num_parts)]
     for split in splits:
         work[split.part].append(split)

@@ -283,9 +283,9 @@ def _on_a_line(line: _Line) -> _Layout:
 def _in_chunks(pages: Sequence[int], parts: int, level: int) -> _Layout:
     """The batch-invariant mode: whole chunks, each part filled with them up to a budget.
 
-    A sequence on two parts need not be merged if they work on it one after the other: a part begins with its
-    last sequence, and ends with its first one. No part is done later than the budget allows, though it may
-    have to wait, if both pieces fit into one.
+    Where both pieces of a sequence on two parts fit into the budget together, its sum is handed over, and
+    nothing is left to merge: a part works on its last sequence first and on its first one last, going on with
+    the sum of the part before. It may have to wait for that, but is done within the budget.
     """
     cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
     budget, begins = _filled(pages, cost, parts, level)
@@ -385,7 +385,7 @@ def plan(
 
 
 def splits_of(metadata: torch.Tensor, cache_seqlens: Sequence[int]) -> list[Split]:
-    """Spell a plan out as splits, in the order in which its parts work on them."""
+    """Spell a plan out as splits, by part and by sequence."""
     found = []
     for part, row in enumerate(metadata.tolist()):
         first, last = row[Field.FIRST_SEQ], row[Field.LAST_SEQ]

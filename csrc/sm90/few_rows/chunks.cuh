@@ -94,8 +94,7 @@ template <int kRows>
 __device__ inline WeightSum take_over_sum(const DecodeParams& params, Storage<kRows>& shared,
                                           const RowTile& tile, const Split& piece, const PiecePlace& place,
                                           int slot, int consumer, HalfOutput<kRows>& sum) {
-    arrive(params, shared.plan, place, consumer);  // for all count each other
-    wait_for_all(params, shared.plan, shared.phases, piece, place, consumer);
+    wait_for_sum(params, shared.plan, shared.phases, piece, place, consumer);
     const ChunkPartial partial(params, slot);
     const int rows = piece.valid_rows(params, tile), row = row_of_thread<kRows>();
     const uint64_t read_once = ptx::evict_first();

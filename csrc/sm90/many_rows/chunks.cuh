@@ -11,6 +11,7 @@ namespace mla::many_rows {
 // Of a sum, so many of a thread's values, the last ones, stay in registers beside output and scores.
 constexpr int kKeptValues = 52;
 constexpr int kFirstKept = 128 - kKeptValues;
+static_assert(kKeptValues % 4 == 0);  // of a thread's two rows two columns each
 using KeptSum = float[kKeptValues];
 
 // Adds a chunk's share of these to the sum of the chunks before, and leaves that in `output`, too.
@@ -24,8 +25,9 @@ __device__ inline void add_kept(const ChunkSum::Step (&steps)[2], bool is_first,
     }
 }
 
-// Stores a chunk, or adds it to the sum of those before it, which this thread has stored; what of the sum is
-// in registers is stored at the piece's end. Many pages will pass through the L2 before that is read.
+// Stores a chunk, or adds it to the sum of those before it, which this thread has stored, or took over from
+// its counterpart; what of the sum is in registers is stored at the piece's end. Many pages will pass through
+// the L2 before that is read.
 __device__ inline void keep_chunk(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
                                   int slot, bool adds, bool stores_kept, int consumer,
                                   const float (&output)[128]) {
@@ -59,8 +61,7 @@ __device__ inline void add_earlier_chunks(const DecodeParams& params, const RowT
 __device__ inline void take_over_sum(const DecodeParams& params, Storage& shared, const RowTile& tile,
                                      const Split& piece, const PiecePlace& place, int slot, int consumer,
                                      KeptSum& kept) {
-    arrive(params, shared.plan, place, consumer);  // for all count each other
-    wait_for_all(params, shared.plan, shared.phases, piece, place, consumer);
+    wait_for_sum(params, shared.plan, shared.phases, piece, place, consumer);
     const ChunkPartial sum(params, slot);
     const int rows = piece.valid_rows(params, tile);
 #pragma unroll
