@@ -255,7 +255,7 @@ def test_a_ragged_call_hands_the_sums_of_tiles_with_rows_over():
     assert (plan_for(case, inputs, True)[0][:, Field.FIRST_SPLITS] == -2).sum() > 20
     query_lens = (2, 1, 0) * 50 + (1, 0, 2) * 50
     first, again = (run_ragged(case, inputs, query_lens, batch_invariant=True) for _ in range(2))
-    for seq in (0, 1, 2, 150, 151, 152, 297, 299):
+    for seq in (0, 1, 150, 152, 297, 299):  # with a query
         one = replace(case, lengths=case.lengths[seq : seq + 1])
         alone = run_ragged(one, one_of(inputs, [seq]), query_lens[seq : seq + 1], batch_invariant=True)[0]
         for together in (first, again):
