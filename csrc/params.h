@@ -20,7 +20,7 @@ constexpr int kTilesHalfV = kHeadDimV / kTileColumns / 2;  // in half of V
 constexpr int kTilesQuarterV = kTilesHalfV / 2;
 constexpr int kMetadataWidth = 8;  // int32 words in a row of tile_scheduler_metadata
 
-constexpr unsigned kStartCost = 3;       // of a split, in pages: START_COST of schedule.py
+constexpr unsigned kStartCost = 3;       // of a split, in pages: START_COST of layout.py
 constexpr unsigned kPartialCost = 3;     // of a split that is not its sequence's only one: PARTIAL_COST there
 constexpr int kFewRows = 32;             // query rows that share a KV head: FEW_ROWS there
 constexpr unsigned kFewPages = 4;        // FEW_PAGES there
@@ -51,7 +51,7 @@ struct PlanParams {
     int batch;
     int num_parts;
     int chunk_level;  // 0: cut anywhere
-    bool few_rows;    // is_few() of schedule.py
+    bool few_rows;    // is_few() of layout.py
     bool full_tiles;  // is_full() there
 };
 

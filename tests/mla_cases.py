@@ -14,8 +14,9 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
     schedule,
 )
+from vllm_flashmla_backend.flash_mla.layout import ceil_div
 from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, ceil_div
+from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
 
 SCALE = 576**-0.5
 MIXED = (0, 1, 63, 64, 65, 130, 1000, 2500)  # lengths around pages' ends, of several splits, and none

@@ -34,17 +34,14 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
 )
 from vllm_flashmla_backend.flash_mla.checks import HEAD_DIM_V
+from vllm_flashmla_backend.flash_mla.chunk_layout import CHUNK_COST, _fill, fill_parts
 from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
+from vllm_flashmla_backend.flash_mla.layout import START_COST, ceil_div
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
 from vllm_flashmla_backend.flash_mla.schedule import (
-    CHUNK_COST,
     PAGE_SIZE,
-    START_COST,
     Field,
-    _fill,
-    _filled,
-    ceil_div,
     chunk_level,
     num_pages,
     num_parts,
@@ -305,7 +302,7 @@ def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
     waits until the part before has that, and is done within the budget all the same."""
     pages = [num_pages(length) for length in lengths]
     cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    budget, _ = _filled(pages, cost, parts, level)
+    budget, _ = fill_parts(pages, cost, parts, level)
     metadata, _ = plan(lengths, parts, level)
     of_part = {}
     for split in splits_of(metadata, lengths):

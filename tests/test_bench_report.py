@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_flashmla_backend.bench import cases, measure, plots, report
 from vllm_flashmla_backend.bench.cases import ALSO, REGIMES, TABLE, Case
 from vllm_flashmla_backend.cli import main
-from vllm_flashmla_backend.flash_mla.schedule import FEW_ROWS, TILE_ROWS
+from vllm_flashmla_backend.flash_mla.layout import FEW_ROWS, TILE_ROWS
 
 FILE_KEYS = {"gpu", "driver", "torch", "vllm", "flashinfer", "commit", "ceilings", "rows"}
 ROW_KEYS = {"b", "s_q", "s_k", "h_q", "dtype", "varlen", "peer", "us", "tflops", "gbps", "rel_err"}

@@ -37,18 +37,18 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
     schedule,
 )
-from vllm_flashmla_backend.flash_mla.planning import num_parts
-from vllm_flashmla_backend.flash_mla.providers import DecodeArguments, empty_partials, provider_for
-from vllm_flashmla_backend.flash_mla.reference import naive_attention
-from vllm_flashmla_backend.flash_mla.schedule import (
+from vllm_flashmla_backend.flash_mla.layout import (
     FEW_PAGES,
-    PAGE_SIZE,
     PARTIAL_COST,
     TWO_PAGE_SPLITS,
     WHOLE_PAGES,
     is_few,
     is_full,
 )
+from vllm_flashmla_backend.flash_mla.planning import num_parts
+from vllm_flashmla_backend.flash_mla.providers import DecodeArguments, empty_partials, provider_for
+from vllm_flashmla_backend.flash_mla.reference import naive_attention
+from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE
 
 SHORT = (0, 1, 2, 5, 64, 67, 200)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from mla_cases import PLAIN_ROWS
 from plan_strategies import LENGTHS, PARTS
 
+from vllm_flashmla_backend.flash_mla.layout import TILE_ROWS
 from vllm_flashmla_backend.flash_mla.planning import plan_into
-from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, TILE_ROWS, plan
+from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, plan
 
 MODES = [(128, 0), (PLAIN_ROWS, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
 

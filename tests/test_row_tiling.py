@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_flashmla_backend.flash_mla.layout import ceil_div
 from vllm_flashmla_backend.flash_mla.row_tiling import row_tiling
-from vllm_flashmla_backend.flash_mla.schedule import ceil_div
 
 
 @pytest.mark.parametrize("query_len", [1, 2, 3, 4])

@@ -16,23 +16,25 @@ from plan_strategies import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
-from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
-from vllm_flashmla_backend.flash_mla.schedule import (
+from vllm_flashmla_backend.flash_mla.layout import (
     BUSY_PERCENT,
     FEW_PAGES,
     FEW_ROWS,
     FULL_TILE,
-    METADATA_WIDTH,
-    PAGE_SIZE,
     PARTIAL_COST,
     START_COST,
     TILE_ROWS,
     TWO_PAGE_SPLITS,
     WHOLE_PAGES,
-    Field,
     ceil_div,
     is_few,
     is_full,
+)
+from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
+from vllm_flashmla_backend.flash_mla.schedule import (
+    METADATA_WIDTH,
+    PAGE_SIZE,
+    Field,
     partial_slots,
     plan,
     splits_of,

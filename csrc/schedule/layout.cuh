@@ -1,4 +1,4 @@
-// Where the planner lays sequences: schedule.py's _a_split_a_part, _whole_sequences and _on_a_line.
+// Where the planner lays sequences: layout.py's _a_split_a_part, _whole_sequences and _on_a_line.
 #pragma once
 
 #include "../params.h"
@@ -58,12 +58,12 @@ __device__ inline unsigned taken(unsigned pages) {
     return max(pages, 1u);
 }
 
-// schedule.py's _num_splits.
+// layout.py's _num_splits.
 __device__ inline unsigned num_splits(unsigned pages, unsigned length) {
     return pages <= kPartialCost + 1 ? 1 : ceil_div(pages, length);
 }
 
-// schedule.py's of this name. `longest`: what the longest of the thread's sequences takes; `taken_pages`:
+// layout.py's of this name. `longest`: what the longest of the thread's sequences takes; `taken_pages`:
 // what all take.
 __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longest, unsigned taken_pages) {
     const unsigned half = ceil_div(taken_pages, max(num_parts / 2, 1u));
@@ -72,7 +72,7 @@ __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longes
     return whole ? half : min(half, few_pages);
 }
 
-// The least length of splits, of those that schedule.py's _a_split_a_part tries, with which a split a part is
+// The least length of splits, of those that layout.py's _a_split_a_part tries, with which a split a part is
 // enough; 0 where there is none. `share`: of the line; `busy`: becomes how many splits that are. A block of
 // several warps tries all at once, as their sums take long; one warp tries one after another, as code that
 // need not be fetched saves more.
@@ -99,7 +99,7 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
     return 0;
 }
 
-// split_length's, or two pages where TWO_PAGE_SPLITS of schedule.py says so. `longest`: least_of_few_rows'.
+// split_length's, or two pages where TWO_PAGE_SPLITS of layout.py says so. `longest`: least_of_few_rows'.
 __device__ inline unsigned two_pages(const PlanParams& params, unsigned split, unsigned busy,
                                      unsigned longest) {
     if (split != 1 || 100 * busy <= kBusyPercent * params.num_parts) return split;

@@ -1,4 +1,4 @@
-// The batch-invariant planner: schedule.py's _in_chunks(), byte for byte.
+// The batch-invariant planner: chunk_layout.py's lay_out_chunks(), byte for byte.
 //
 // One warp. Each lane tries a budget: it walks the sequences, filling part after part with whole chunks. Then
 // all walk them with the least budget that fitted, and write the rows.
@@ -10,7 +10,7 @@
 namespace mla {
 namespace {
 
-constexpr unsigned kChunkCost = 1;  // CHUNK_COST of schedule.py
+constexpr unsigned kChunkCost = 1;  // CHUNK_COST of chunk_layout.py
 constexpr unsigned kBudgets = 32;   // that are tried: a lane each
 
 // A sequence's pages, and how they are cut into chunks. One without pages counts as one of a page.

@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ..flash_mla.schedule import PAGE_SIZE, ceil_div
+from ..flash_mla.layout import ceil_div
+from ..flash_mla.schedule import PAGE_SIZE
 from .compat import prefill_context_lens
 from .impl import FlashMLAImpl
 from .metadata import FlashMLAMetadata

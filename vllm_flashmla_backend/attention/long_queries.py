@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..flash_mla.schedule import ceil_div
+from ..flash_mla.layout import ceil_div
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, is_quantized_kv_cache
 
 from .. import LONGEST_DECODED
 from ..flash_mla.checks import check_heads
+from ..flash_mla.layout import TILE_ROWS
 from ..flash_mla.planning import num_parts, plan_into
 from ..flash_mla.providers import provider_for
-from ..flash_mla.schedule import METADATA_WIDTH, TILE_ROWS, chunk_level, num_pages
+from ..flash_mla.schedule import METADATA_WIDTH, chunk_level, num_pages
 from . import long_queries
 from .compat import vllm_flashmla_backend
 

@@ -23,7 +23,7 @@ from .report import OURS, Comparison, compare, geometric_mean
 COLOURS = dict(zip(REGIMES, ("#333333", "#1d4e89", "#9c6644", "#e07a00", "#7b2d8b", "#7d8597"), strict=True))
 ROWS_COLOURS = (("up to 32", 32, "#1d4e89"), ("33 to 64", 64, "#e07a00"), ("more", inf, "#7b2d8b"))
 """By query tokens × heads of a sequence, which choose the kernel: in words, the most, colour. The numbers
-are `schedule`'s FEW_ROWS and TILE_ROWS, not imported, for it loads torch, which takes longer than drawing."""
+are `layout`'s FEW_ROWS and TILE_ROWS, not imported, for it loads torch, which takes longer than drawing."""
 PEER_MARKERS = {"flashmla": "s", "fa3": "^", "flashinfer": "o", "triton": "v"}
 MOST_BARS = 60  # cases that are still read one by one
 NAMED = 5  # of many cases, how many of the slowest are

@@ -121,8 +121,9 @@ def span(lengths: list[int]) -> str:
 def summary(llm: LLM, prompts: list[RecallPrompt], right: int, seconds: float) -> Table:
     """The table that the demo ends with."""
     from ..bench.serve_engine import attention_class
+    from ..flash_mla.layout import ceil_div
     from ..flash_mla.providers import provider_for
-    from ..flash_mla.schedule import PAGE_SIZE, ceil_div
+    from ..flash_mla.schedule import PAGE_SIZE
 
     config = llm.llm_engine.vllm_config
     lengths = [prompt.num_tokens for prompt in prompts]

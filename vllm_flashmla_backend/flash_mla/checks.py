@@ -16,7 +16,8 @@ from typing import NoReturn
 import torch
 
 from .chunks import chunk_pages
-from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, ceil_div, partial_slots, splits_of
+from .layout import ceil_div
+from .schedule import METADATA_WIDTH, PAGE_SIZE, Field, partial_slots, splits_of
 
 HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64

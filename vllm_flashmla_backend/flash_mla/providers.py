@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from . import reference, schedule
+from .layout import ceil_div
 from .row_tiling import row_tiling
 
 CHOICE_VARIABLE = "VLLM_FLASHMLA_KERNELS"
@@ -120,7 +121,7 @@ def empty_partials(args: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     if args.chunk_level > 0:  # each tile of a slot by itself, in whole octets of rows
         tiling = row_tiling(args.max_query_len, args.out.shape[2], args.k_cache.shape[2])
         tile_rows = tiling.heads_per_tile * tiling.tokens_per_tile
-        slots, rows = slots * tiling.num_row_tiles, schedule.ceil_div(tile_rows, 8) * 8
+        slots, rows = slots * tiling.num_row_tiles, ceil_div(tile_rows, 8) * 8
     return args.lse.new_empty(slots, rows, args.out.shape[3]), args.lse.new_empty(slots, rows, 2)
 
 

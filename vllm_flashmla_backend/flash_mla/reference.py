@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from . import chunks
-from .schedule import PAGE_SIZE, Split, ceil_div, num_pages, splits_of
+from .layout import ceil_div
+from .schedule import PAGE_SIZE, Split, num_pages, splits_of
 
 
 def decode(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from .schedule import TILE_ROWS, ceil_div
+from .layout import TILE_ROWS, ceil_div
 
 
 class RowTiling(NamedTuple):

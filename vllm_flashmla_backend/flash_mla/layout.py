@@ -1,0 +1,190 @@
+"""Where the plan lays sequences on parts: `csrc/schedule/layout.cuh` does the same on the GPU.
+
+In one of three ways: `_a_split_a_part` where that costs no more, or `_whole_sequences`, else `_on_a_line`.
+The batch-invariant mode has a layout of its own: `chunk_layout`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+TILE_ROWS = 64
+"""Query rows (query tokens × heads that share a KV head) one part works on: wgmma's M."""
+
+START_COST = 3
+"""What starting a split costs, in pages: loading q, filling the pipeline, storing the result."""
+
+PARTIAL_COST = 3
+"""What a split costs beside where it is not the only one of its sequence, in pages: writing its partial
+result, and reading it for the merge."""
+
+FEW_ROWS = 32
+"""Query rows that share a KV head: with up to so many a part is through with pages faster than memory gives
+them to all parts."""
+
+FEW_PAGES = 4
+"""With few rows, the least limit for the pages of a split that is tried, for shorter ones are more to merge;
+half of it where the batch has at most so many pages a part, and a share for half of the parts where that is
+less. (Sequences are cut evenly: some splits are shorter than the limit, and it may not be enough.)"""
+
+WHOLE_PAGES = 16
+"""With few rows, sequences of up to so many pages stay whole where none has more than a share for half of the
+parts: nothing to merge."""
+
+FULL_TILE = 48
+"""With more rows in a tile, partial results are so large that many of them take long to merge."""
+
+TWO_PAGE_SPLITS = 13
+"""With full tiles, splits of one page take two where every sequence then has so many or fewer, one had more,
+and more than BUSY_PERCENT of the parts were busy: half of the partial results is worth more than a page."""
+
+BUSY_PERCENT = 40
+"""Of the parts; where no more are busy, partial results do not keep the L2 busy."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def is_few(rows_per_kv_head: int) -> bool:
+    """Whether so many query rows that share a KV head, `s_q * h_q // h_kv`, are planned for as few."""
+    return rows_per_kv_head <= FEW_ROWS
+
+
+def is_full(rows_per_kv_head: int) -> bool:
+    """Whether tiles are full where so many query rows that share a KV head are cut into equal ones.
+
+    Heads may not allow that: 3 tokens of 32 heads are tiles of 64 and 32 rows, which count as 48 each.
+    """
+    return ceil_div(rows_per_kv_head, ceil_div(rows_per_kv_head, TILE_ROWS)) > FULL_TILE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parts each sequence is on, and where it is cut between them."""
+
+    first_part: list[int]
+    last_part: list[int]  # inclusive
+    page_at: Callable[[int, int], int]  # (seq, part) -> page of `seq` that `part` begins at
+    handed_over: frozenset[int] = frozenset()  # sequences whose first part hands its sum over to the second
+
+
+def lay_out(pages: Sequence[int], parts: int, rows_per_kv_head: int) -> Layout:
+    """The default mode's, of sequences of so many pages."""
+    line = _Line(pages, parts)
+    return (
+        _a_split_a_part(pages, parts, line.share, rows_per_kv_head)
+        or _whole_sequences(line)
+        or _on_a_line(line)
+    )
+
+
+def _share(total: int, ways: int, number: int) -> int:
+    """Where a share begins when `total` is cut into even ones: the first total % ways have one more."""
+    return number * (total // ways) + min(number, total % ways)
+
+
+def _num_splits(pages: int, length: int) -> int:
+    """Splits of at most `length` pages; of so few that a partial result would cost what it saves, one."""
+    return 1 if pages <= PARTIAL_COST + 1 else ceil_div(pages, length)
+
+
+def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> Layout | None:
+    """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
+
+    The length is the least with which the parts are enough, of those up to a share of the line, or that and
+    PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
+    to go on with a sequence and to leave another to go on with. None if that is not enough. With more
+    sequences than parts no length will do, with fewer none below share - START_COST is better. Some
+    lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles TWO_PAGE_SPLITS.
+    """
+    least = _least_of_few_rows(pages, parts) if is_few(rows) else 1
+    for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
+        length = max(least, length)
+        splits = [_num_splits(n, length) for n in pages]
+        if sum(splits) <= parts:
+            break
+    else:
+        return None
+    halves = TWO_PAGE_SPLITS < max(pages) <= 2 * TWO_PAGE_SPLITS
+    is_busy = 100 * sum(splits) > BUSY_PERCENT * parts
+    if length == 1 and halves and is_busy and is_full(rows):
+        splits = [_num_splits(n, 2) for n in pages]
+    end = list(accumulate(splits))
+    first = [e - k for e, k in zip(end, splits, strict=True)]
+    return Layout(
+        first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
+    )
+
+
+def _least_of_few_rows(pages: Sequence[int], parts: int) -> int:
+    """The least length of splits that is tried: `half`, where no sequence is longer, leaves all whole."""
+    taken = [max(1, n) for n in pages]  # an empty sequence takes a part too: its result is written
+    half = ceil_div(sum(taken), max(1, parts // 2))  # a share for half of the parts
+    if max(taken) <= min(half, WHOLE_PAGES):
+        return half
+    return min(half, FEW_PAGES if sum(taken) > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
+
+
+class _Line:
+    """Sequences one after another, each START_COST places and its pages long, cut evenly into shares."""
+
+    def __init__(self, pages: Sequence[int], parts: int) -> None:
+        self.pages, self.parts = pages, parts
+        self.taken = [START_COST + max(1, n) for n in pages]
+        self.end = list(accumulate(self.taken))
+        self.page_0 = [e - n + START_COST for e, n in zip(self.end, self.taken, strict=True)]
+        self.begin_of_part = [_share(self.end[-1], parts, part) for part in range(parts + 1)]
+        self.share = ceil_div(self.end[-1], parts)  # of the parts that have most
+        # Pages that a cut may be moved by: a share that loses as many at both ends keeps a start and a page.
+        self.reach = min(PARTIAL_COST, max(0, self.end[-1] // parts - START_COST - 1) // 2)
+
+    def part_of(self, place: int) -> int:
+        return bisect_right(self.begin_of_part, place) - 1
+
+    def page_at(self, seq: int, part: int) -> int:
+        """The page of `seq` that `part` begins at: not the first or last few ones, which cost less than a
+        partial result, but the sequence's begin or end."""
+        before = min(max(0, self.begin_of_part[part] - self.page_0[seq]), self.pages[seq])
+        after = self.pages[seq] - before
+        if min(before, after) > self.reach:
+            return before
+        return 0 if before <= after else self.pages[seq]
+
+
+def _whole_sequences(line: _Line) -> Layout | None:
+    """Nothing cut: each sequence on the part whose share of the line has its middle.
+
+    None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
+    partial results. A part whose share lies within a sequence may be idle. None, too, with no more sequences
+    than parts: few of these are left by `_a_split_a_part`, and looking for them costs the GPU's planner time.
+    """
+    if len(line.pages) <= line.parts:
+        return None
+    part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
+    cost = [0] * line.parts
+    for p, n in zip(part, line.taken, strict=True):
+        cost[p] += n
+    if max(cost) > line.share + START_COST + 2 * PARTIAL_COST:
+        return None
+    return Layout(part, part, lambda seq, p: 0 if p == part[seq] else line.pages[seq])
+
+
+def _on_a_line(line: _Line) -> Layout:
+    """Each part has its share of the line, wherever that begins, but for few pages of a sequence.
+
+    The worst part costs its share of the line, `reach` pages at either end, a start that is not on the line,
+    where it goes on with a sequence, and two partial results. No part is idle: a share t of START_COST + 1
+    places or less is enough for `_a_split_a_part`, as
+    sum(ceil(n / t)) <= (line + b * (t - 1 - START_COST)) / t <= line / t, so here every part has at least
+    START_COST + 1 places, one of them a page.
+    """
+    first_part, last_part = [], []
+    for seq, (page_0, end) in enumerate(zip(line.page_0, line.end, strict=True)):
+        first, last = line.part_of(page_0), line.part_of(end - 1)
+        first_part.append(first + (first < last and line.page_at(seq, first + 1) == 0))
+        last_part.append(last - (first < last and line.page_at(seq, last) == line.pages[seq]))
+    return Layout(first_part, last_part, line.page_at)
