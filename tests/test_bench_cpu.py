@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from vllm_flashmla_backend.bench import serve
-from vllm_flashmla_backend.cli import main, results
+from vllm_flashmla_backend.cli import main, options, results
 
 
 @pytest.mark.parametrize("kind", ["--serve", "--tails"])
 def test_rows_without_room_are_refused_with_some_that_have_it(kind, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(serve, "measure", lambda job: started.append(job) or iter([]))
-    monkeypatch.setattr(results, "device", lambda: torch.device("cpu"))
+    for module in (options, results):
+        monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
     with pytest.raises(
         SystemExit, match=r"up to [\d,]+, --layers 16: needs .* expected at most 3,520"
     ) as refused:

@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
 from vllm_flashmla_backend.bench.serve import Job
 from vllm_flashmla_backend.cli import main
-from vllm_flashmla_backend.cli.results import numbers
+from vllm_flashmla_backend.cli.options import numbers
 
 ON_GPU = torch.cuda.is_available()
 HEAD = {

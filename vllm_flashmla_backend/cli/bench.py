@@ -16,7 +16,8 @@ from ..bench.cases import ROWS, Case
 from ..words import count
 from . import bench_serve, bench_tails
 from .environment import device
-from .results import describe_run, require, require_out, require_rows, show_tables, unused_path
+from .options import require, require_out
+from .results import describe_run, require_rows, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 

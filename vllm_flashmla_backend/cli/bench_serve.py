@@ -13,20 +13,8 @@ from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from ..words import count
 from .environment import device
-from .results import (
-    describe_run,
-    failed,
-    gpu_monitor,
-    numbers,
-    require,
-    require_cpu_cache,
-    require_heads,
-    require_model,
-    require_out,
-    require_rows,
-    show_tables,
-    unused_path,
-)
+from .options import numbers, require, require_cpu_cache, require_heads, require_model, require_out
+from .results import describe_run, failed, gpu_monitor, require_rows, show_tables, unused_path
 
 ON_A_CPU = "--serve --layers 1 --heads 16 --batches 1,4 --contexts 1024 --rounds 2"
 

@@ -15,6 +15,7 @@ from .. import BACKEND
 from ..recall import ANSWER_TOKENS, RecallPrompt, is_right, make_prompts
 from ..words import count
 from .environment import VLLM, describe, device, installed_version
+from .options import require
 from .results import console_for_tables
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the prompts and print the table; 0 if at least 99 % were right."""
-    if not 1 <= args.prompts <= MOST_PROMPTS:
-        raise SystemExit(f"--prompts is {args.prompts:,}, expected 1 to {MOST_PROMPTS:,}")
+    require(("--prompts", args.prompts, 1, MOST_PROMPTS))
     if not (args.model / "config.json").is_file():
         raise SystemExit(
             f"--model is {args.model}, which has no config.json; expected the repository's configs/recall"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .. import LONGEST_DECODED
 from ..words import count
-from .results import require_heads
+from .options import require, require_heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     lengths = parse_lengths(args.lens)
     require_heads(args.heads)
-    if not 1 <= args.query_len <= LONGEST_DECODED:
-        raise SystemExit(f"--query-len is {args.query_len}, expected 1 to {LONGEST_DECODED}")
+    require(("--query-len", args.query_len, 1, LONGEST_DECODED))
     most_parts = MOST_DRAWN if args.out else MOST_PARTS
     if args.parts is not None and not 1 <= args.parts <= most_parts:
         raise SystemExit(

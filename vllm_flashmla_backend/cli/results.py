@@ -1,10 +1,9 @@
-"""What the kinds of `bench` share: results files, their heads and names, how they are shown, and options."""
+"""What the kinds of `bench` share: results files, their heads and names, and how they are shown."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -16,8 +15,6 @@ from .environment import VLLM, commit, describe, device, installed_version
 
 if TYPE_CHECKING:
     from ..bench.clock import GpuMonitor
-    from ..bench.serve import Job
-    from ..bench.tails import TailsJob
 
 WIDTH = 220  # columns where the output is no terminal: every table fits whole
 
@@ -75,52 +72,6 @@ def failed(failure: dict) -> str:
     return f"failed; the end of its log:\n{failure['log'][-1500:].rstrip()}\n{failure['error']}"
 
 
-def require(*options: tuple[str, float, float]) -> None:
-    """SystemExit where an option's value is below its least: (name, value, least)."""
-    for name, value, least in options:
-        if not value >= least:  # nor is NaN
-            raise SystemExit(f"{name} is {value:g}, expected at least {least:g}")
-
-
-def require_heads(*numbers: int) -> None:
-    """SystemExit where `--heads` has a number that no call may have."""
-    from ..flash_mla.checks import check_heads
-
-    try:
-        for heads in numbers:
-            check_heads("--heads", heads)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-
-
-def require_cpu_cache(job: Job | TailsJob, options: str, instead: str) -> None:
-    """SystemExit where `options` want a larger KV cache than a CPU has: vLLM says so after half a minute."""
-    from ..bench.serve import cpu_cache_tokens
-
-    room = cpu_cache_tokens(job.layers)
-    if device().type == "cpu" and job.cache_tokens > room:
-        raise SystemExit(
-            f"{options}, --layers {job.layers}: needs a KV cache of {job.cache_tokens:,} tokens, expected at "
-            f"most {room:,}, which it has on a CPU. This takes one a minute or two:\n"
-            f"    vllm-flashmla bench {instead}"
-        )
-
-
-def require_out(directory: Path) -> None:
-    """SystemExit where `--out` names a place that cannot be written to; makes the directory."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise SystemExit(f"--out: {directory} cannot be written to: {error.strerror}") from error
-
-
-def require_model(path: Path) -> None:
-    """SystemExit where `--model` is no directory of a model."""
-    if not (path / "config.json").is_file():
-        raise SystemExit(f"--model is {path}, which has no config.json")
-
-
 def results_in(path: Path, read: Callable[[Path], dict]) -> dict:
     """What a results file holds, or SystemExit with the reason."""
     try:
@@ -143,11 +94,3 @@ def show_tables(
     console.print(summary(results))
     console.print(f"results: {path}", soft_wrap=True)
     return results, console
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`16,128` as numbers."""
-    words = text.split(",")
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers from 1 with commas between them")
-    return tuple(int(word) for word in words)

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
-from .results import gpu_monitor, require, require_model, require_out, version_of
+from .options import require, require_model, require_out
+from .results import gpu_monitor, version_of
 
 if TYPE_CHECKING:
     from ..serving import Server
@@ -110,9 +111,8 @@ def check(args: argparse.Namespace) -> None:
         ("--burst", args.burst, 0),
         ("--burst-every", args.burst_every, 1),
         ("--max-tokens", args.max_tokens, 16),
+        ("--abort-share", args.abort_share, 0, 1),
     )
-    if not 0 <= args.abort_share <= 1:
-        raise SystemExit(f"--abort-share is {args.abort_share:g}, expected 0 to 1")
     if not args.base_url:
         require_model(args.model)
     if args.out:
