@@ -23,7 +23,7 @@ from vllm_flashmla_backend.bench.inputs import Inputs
 from vllm_flashmla_backend.bench.measure import Timer, measure_case
 from vllm_flashmla_backend.bench.peers import Ours, Step
 from vllm_flashmla_backend.cli.bench import why_not_here
-from vllm_flashmla_backend.cli.results import numbers, require
+from vllm_flashmla_backend.cli.options import numbers, require
 from vllm_flashmla_backend.flash_mla import ops
 
 
