@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from mla_cases import (
     SCALE,
     Case,
@@ -25,7 +23,6 @@ from mla_cases import (
     run,
     run_ragged,
 )
-from plan_strategies import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla import (
     MLAPlan,
@@ -34,9 +31,8 @@ from vllm_flashmla_backend.flash_mla import (
     get_mla_metadata,
 )
 from vllm_flashmla_backend.flash_mla.checks import HEAD_DIM_V
-from vllm_flashmla_backend.flash_mla.chunk_layout import CHUNK_COST, _fill, fill_parts
-from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
-from vllm_flashmla_backend.flash_mla.layout import START_COST, ceil_div
+from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, num_chunks
+from vllm_flashmla_backend.flash_mla.layout import ceil_div
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE, ReferenceProvider
 from vllm_flashmla_backend.flash_mla.schedule import (
@@ -51,7 +47,6 @@ from vllm_flashmla_backend.flash_mla.schedule import (
 
 # More sequences than parts, of several chunks each.
 MANY = [Case((1100, 300, 700) * 150, h_q=16), Case((300, 1100, 700) * 100, h_q=80)]
-LEVELS = st.sampled_from([1, 2])
 MIXED = (2500, 0, 4100, 1, 64, 9000, 65, 1000, 257)
 CASES = [
     Case(MIXED, h_q=16),
@@ -200,11 +195,11 @@ def test_a_ragged_call_gives_the_bits_of_a_uniform_one(h_q, device):
         assert torch.equal(ragged[1][0], uniform[1][0])
 
 
-@pytest.mark.gpu
-def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
-    gpu = torch.device("cuda", 0)
-    case = Case((9000,) * 6, h_q=16)
-    inputs = make_inputs(case, gpu)
+def captured_decode(
+    case: Case, inputs: Inputs
+) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A graph that plans for the lengths that it finds and decodes; its plan and its output, which are to be
+    kept as long as it is."""
     tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     metadata, num_splits = plan_for(case, inputs, True)
     out = torch.empty_like(inputs.q_nope)
@@ -213,7 +208,15 @@ def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
         plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q, True))
         flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
 
-    graph = captured(step)
+    return captured(step), (metadata, num_splits), out
+
+
+@pytest.mark.gpu
+def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
+    gpu = torch.device("cuda", 0)
+    case = Case((9000,) * 6, h_q=16)
+    inputs = make_inputs(case, gpu)
+    graph, _plan, out = captured_decode(case, inputs)
     lengths = (9000, 0, 77, 4097, 8192, 2048)
     inputs.cache_seqlens.copy_(torch.tensor(lengths))
     graph.replay()
@@ -227,15 +230,7 @@ def test_replayed_graph_gives_the_bits_of_a_sequence_alone():
 def test_a_replayed_graph_hands_the_sums_of_each_replay_over(h_q):
     case = Case((2500,) * 300, h_q=h_q)
     inputs = make_inputs(case, torch.device("cuda", 0))
-    tensors = (inputs.q_nope, inputs.q_pe, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-    metadata, num_splits = plan_for(case, inputs, True)
-    out = torch.empty_like(inputs.q_nope)
-
-    def step() -> None:
-        plan_into(inputs.cache_seqlens, metadata, num_splits, case.h_q, chunk_level(case.h_q, True))
-        flash_mla_decode(*tensors, metadata, num_splits, SCALE, False, out, batch_invariant=True)
-
-    graph = captured(step)
+    graph, (metadata, _num_splits), out = captured_decode(case, inputs)
     for lengths in ((2500, 900, 64) * 100, (64, 900, 2500) * 100, (2500, 900, 64) * 100):
         inputs.cache_seqlens.copy_(torch.tensor(lengths))
         graph.replay()
@@ -273,66 +268,6 @@ def test_a_plan_of_this_mode_serves_the_default_one(h_q, device):
         assert_agree(results, expected(case, inputs))
 
 
-@given(LENGTHS, PARTS, LEVELS)
-def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
-    next_page = [0] * len(lengths)
-    for split in splits_of(plan(lengths, parts, level)[0], lengths):
-        assert split.page_begin == next_page[split.seq] <= split.page_end
-        next_page[split.seq] = split.page_end
-        if split.page_end < num_pages(lengths[split.seq]):
-            assert split.page_end % chunk_pages(num_pages(lengths[split.seq]), level) == 0
-    assert next_page == [num_pages(length) for length in lengths]
-
-
-@given(LENGTHS, PARTS, LEVELS)
-def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
-    """The kernels count the places by the plan's slots: a split's part, and the cut sequences before."""
-    places = {}
-    for split in splits_of(plan(lengths, parts, level)[0], lengths):
-        if split.splits > 1:
-            places.setdefault(split.seq, set()).add(split.slot - split.part)
-    assert [places[seq] for seq in sorted(places)] == [{place} for place in range(len(places))]
-    assert len(places) <= min(len(lengths), parts - 1)
-
-
-@example([6452, 11088, 7932, 19014], 3, 2)
-@given(LENGTHS, PARTS, LEVELS)
-def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
-    """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
-    waits until the part before has that, and is done within the budget all the same."""
-    pages = [num_pages(length) for length in lengths]
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    budget, _ = fill_parts(pages, cost, parts, level)
-    metadata, _ = plan(lengths, parts, level)
-    of_part = {}
-    for split in splits_of(metadata, lengths):
-        piece = max(1, split.page_end - split.page_begin)
-        chunks = ceil_div(piece, chunk_pages(pages[split.seq], level))
-        of_part.setdefault(split.part, []).append(START_COST + piece + CHUNK_COST * chunks)
-    for part, row in enumerate(metadata.tolist()):
-        if row[Field.FIRST_SPLITS] < 0 and row[Field.FIRST_SPLIT] == 1:
-            first, *others = of_part[part]
-            assert max(sum(others), of_part[part - 1][-1]) + first <= budget
-
-
-def test_equal_sequences_of_two_parts_each_are_not_done_one_part_after_the_other():
-    metadata, _ = plan([2048] * 30, 60, 2)
-    assert metadata[:, Field.FIRST_SPLITS].tolist() == [2] * 60
-
-
-@pytest.mark.parametrize("level", [1, 2])
-def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
-    worst = 0
-    for pages in range(5000):
-        worst = max(worst, num_chunks(pages, level))
-        assert most_chunks(pages, level) == worst
-
-
-def test_chunks_are_few_where_merging_is_dear():
-    """At 8,192 tokens: 16 chunks of 8 pages with up to 32 query rows, 8 of 16 pages with more."""
-    assert [num_chunks(128, chunk_level(rows, True)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
-
-
 def test_a_plan_that_cuts_elsewhere_is_refused_on_the_cpu():
     case = Case((3000, 5200), h_q=16)
     inputs = make_inputs(case, torch.device("cpu"))
@@ -348,31 +283,6 @@ def test_heads_that_do_not_make_the_query_rows_are_refused(num_heads_q):
     lengths = torch.tensor([3000], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"num_heads_q: got .*, expected h_q, .* 48 rows"):
         get_mla_metadata(lengths, 48, 2, batch_invariant=True, num_heads_q=num_heads_q)
-
-
-@given(LENGTHS, LEVELS, st.integers(0, 200))
-def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, level, slack):
-    """What `Filler::take` of plan_chunks.cu computes for a sequence without a loop; its bytes need a GPU."""
-    pages = [num_pages(length) for length in lengths]
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
-    budget = START_COST + dearest + slack
-    part, room, begins = 0, budget, []
-    for n, left in zip(pages, cost, strict=True):
-        chunk = chunk_pages(n, level) + CHUNK_COST
-        if START_COST + min(left, chunk) > room:
-            part, room = part + 1, budget
-        first, head, each, between = part, 0, 0, -1
-        if START_COST + left > room:
-            head, each = (room - START_COST) // chunk, (budget - START_COST) // chunk
-            left -= head * chunk
-            between = ceil_div(max(0, START_COST + left - budget), each * chunk)
-            left -= between * each * chunk
-            part, room = part + between + 1, budget
-        room -= START_COST + left
-        length = chunk_pages(n, level)
-        begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
-    assert begins == _fill(pages, cost, budget, level)
 
 
 def test_a_plan_still_to_be_made_keeps_its_mode():

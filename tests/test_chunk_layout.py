@@ -1,0 +1,100 @@
+"""The plan of the batch-invariant mode: where it cuts, what it keeps room for, and who waits for whom."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from plan_strategies import LENGTHS, PARTS
+
+from vllm_flashmla_backend.flash_mla.chunk_layout import CHUNK_COST, _fill, fill_parts
+from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
+from vllm_flashmla_backend.flash_mla.layout import START_COST, ceil_div
+from vllm_flashmla_backend.flash_mla.schedule import Field, chunk_level, num_pages, plan, splits_of
+
+LEVELS = st.sampled_from([1, 2])
+
+
+@given(LENGTHS, PARTS, LEVELS)
+def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
+    next_page = [0] * len(lengths)
+    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+        assert split.page_begin == next_page[split.seq] <= split.page_end
+        next_page[split.seq] = split.page_end
+        if split.page_end < num_pages(lengths[split.seq]):
+            assert split.page_end % chunk_pages(num_pages(lengths[split.seq]), level) == 0
+    assert next_page == [num_pages(length) for length in lengths]
+
+
+@given(LENGTHS, PARTS, LEVELS)
+def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
+    """The kernels count the places by the plan's slots: a split's part, and the cut sequences before."""
+    places = {}
+    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+        if split.splits > 1:
+            places.setdefault(split.seq, set()).add(split.slot - split.part)
+    assert [places[seq] for seq in sorted(places)] == [{place} for place in range(len(places))]
+    assert len(places) <= min(len(lengths), parts - 1)
+
+
+@example([6452, 11088, 7932, 19014], 3, 2)
+@given(LENGTHS, PARTS, LEVELS)
+def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
+    """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
+    waits until the part before has that, and is done within the budget all the same."""
+    pages = [num_pages(length) for length in lengths]
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    budget, _ = fill_parts(pages, cost, parts, level)
+    metadata, _ = plan(lengths, parts, level)
+    of_part = {}
+    for split in splits_of(metadata, lengths):
+        piece = max(1, split.page_end - split.page_begin)
+        chunks = ceil_div(piece, chunk_pages(pages[split.seq], level))
+        of_part.setdefault(split.part, []).append(START_COST + piece + CHUNK_COST * chunks)
+    for part, row in enumerate(metadata.tolist()):
+        if row[Field.FIRST_SPLITS] < 0 and row[Field.FIRST_SPLIT] == 1:
+            first, *others = of_part[part]
+            assert max(sum(others), of_part[part - 1][-1]) + first <= budget
+
+
+def test_equal_sequences_of_two_parts_each_are_not_done_one_part_after_the_other():
+    metadata, _ = plan([2048] * 30, 60, 2)
+    assert metadata[:, Field.FIRST_SPLITS].tolist() == [2] * 60
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_no_sequence_has_more_chunks_than_there_is_room_for(level):
+    worst = 0
+    for pages in range(5000):
+        worst = max(worst, num_chunks(pages, level))
+        assert most_chunks(pages, level) == worst
+
+
+def test_chunks_are_few_where_merging_is_dear():
+    """At 8,192 tokens: 16 chunks of 8 pages with up to 32 query rows, 8 of 16 pages with more."""
+    assert [num_chunks(128, chunk_level(rows, True)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
+
+
+@given(LENGTHS, LEVELS, st.integers(0, 200))
+def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, level, slack):
+    """What `Filler::take` of plan_chunks.cu computes for a sequence without a loop; its bytes need a GPU."""
+    pages = [num_pages(length) for length in lengths]
+    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
+    dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
+    budget = START_COST + dearest + slack
+    part, room, begins = 0, budget, []
+    for n, left in zip(pages, cost, strict=True):
+        chunk = chunk_pages(n, level) + CHUNK_COST
+        if START_COST + min(left, chunk) > room:
+            part, room = part + 1, budget
+        first, head, each, between = part, 0, 0, -1
+        if START_COST + left > room:
+            head, each = (room - START_COST) // chunk, (budget - START_COST) // chunk
+            left -= head * chunk
+            between = ceil_div(max(0, START_COST + left - budget), each * chunk)
+            left -= between * each * chunk
+            part, room = part + between + 1, budget
+        room -= START_COST + left
+        length = chunk_pages(n, level)
+        begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
+    assert begins == _fill(pages, cost, budget, level)
