@@ -20,7 +20,7 @@ template <Mode kMode, typename Storage, typename State, typename InitBarriers, t
           typename Merge>
 __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& maps,
                                  InitBarriers&& init_barriers, Consume&& consume, Merge&& merge) {
-    constexpr Order kOrder = kMode == Mode::kBatchInvariant ? kBackwards : kForwards;
+    constexpr Order kOrder = kOrderOf<kMode>;
     extern __shared__ __align__(kSwizzleAtomBytes) uint8_t shared_memory[];
     Storage& shared = *reinterpret_cast<Storage*>(shared_memory);
     // First of all and by all: a branch before it would only delay it.
@@ -50,7 +50,7 @@ __device__ inline void run_block(const DecodeParams& params, const DecodeMaps& m
         merge(shared, tile, warpgroup);
         return;
     }
-    Loader<Storage, kOrder> loader(params, maps, shared, plan, tile);
+    Loader<Storage, kMode> loader(params, maps, shared, plan, tile);
     if (in_producer_warp && ptx::elect_lane()) loader.begin();
     arrive_at_start();  // and waits for no other warp: the barriers are set up by the lane that uses them
     if (guesses && ptx::elect_lane())

@@ -22,7 +22,7 @@ __device__ inline void prefetch_maps(const DecodeMaps& maps) {
 
 // Storage: a kernel's shared memory, with `q`, `k`, `pages` and `q_empty`. The query comes under a barrier of
 // its own, `q_full`, or under those of its first page.
-template <typename Storage, Order kOrder>
+template <typename Storage, Mode kMode>
 class Loader {
   public:
     __device__ Loader(const DecodeParams& params, const DecodeMaps& maps, Storage& shared,
@@ -48,6 +48,7 @@ class Loader {
     }
 
   private:
+    static constexpr Order kOrder = kOrderOf<kMode>;
     static constexpr bool kQueryHasBarrier = Storage::kQueryHasBarrier;
     using Groups = typename Storage::Groups;
     using QueryGroups = PageGroups<0>;
@@ -58,7 +59,7 @@ class Loader {
         int page_index = first_index_;
         if (pages_asked_for_ > 0 || split.seq != plan_.template start_seq<kOrder>())
             page_index = split.is_empty() ? 0 : table[split.page_begin];
-        evicts_first_ = params_.chunk_level > 0 || is_read_little(split);
+        evicts_first_ = kMode == Mode::kBatchInvariant || is_read_little(split);
         for (int page = split.page_begin; page < split.page_end; ++page) {
             const int next_index = page + 1 < split.page_end ? table[page + 1] : 0;
             const bool with_query = page == split.page_begin, is_first = pages_asked_for_ == 0;
@@ -75,7 +76,7 @@ class Loader {
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {
                 // Its place will be free late: the L2 fetches it meanwhile, unless it is for sums of chunks.
-                if (pages_asked_for_ >= kStages && share_pages(params_) && params_.chunk_level == 0 &&
+                if (kMode == Mode::kSplits && pages_asked_for_ >= kStages && share_pages(params_) &&
                     blockIdx.x % 2 == 0)
                     prefetch_group<kLateV>(page_index);
                 load_group<kLateV>(page_index, with_query, split.query);

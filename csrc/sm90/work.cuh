@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "kernels.h"
 #include "ptx.cuh"
 
 namespace mla {
@@ -21,6 +22,8 @@ __device__ inline int part_of_block(const DecodeParams& params, bool half_may_id
 // In which order a part works on its sequences. The batch-invariant mode begins with the last one, so that
 // the next part may go on with it at its own end.
 enum Order { kForwards, kBackwards };
+template <Mode kMode>
+constexpr Order kOrderOf = kMode == Mode::kBatchInvariant ? kBackwards : kForwards;
 
 // The plan of the block's part.
 struct BlockPlan : PartPlan {
