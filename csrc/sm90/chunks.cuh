@@ -107,10 +107,10 @@ struct ChunkSum {
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
 // each second one. Merged are `count` results: the first, that of all chunks before chunk `second`, and those
 // from there on.
-template <typename T, int kVectors>
+template <typename T, int kLoads, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                   const ChunkPartial& first, int second, int count, int octet, int group) {
-    constexpr int kUnroll = 8 / kVectors;  // chunks whose loads are under way together
+    constexpr int kUnroll = kLoads / kVectors;  // chunks at a time
     const uint64_t read_once = ptx::evict_first();
     const int lane = threadIdx.x % 16, to_next = ChunkPartial::rows_to_next(params);
     const float2* weights_row = first.weight_sums + octet * kOctetRows + lane / 2;
@@ -152,7 +152,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 }
 
 // A warp's items of a merge: 8 rows x 16 kVectors columns each. See merge_item.
-template <typename T, int kVectors>
+template <typename T, int kLoads, int kVectors>
 __device__ inline void merge_items(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                    const SplitPlace& part, const ChunkPartial& first, int second, int count,
                                    int octets, int consumer) {
@@ -161,13 +161,13 @@ __device__ inline void merge_items(const DecodeParams& params, const RowTile& ti
     const int ranks = part.num_splits * kConsumers, rank = part.index * kConsumers + consumer;
 #pragma unroll 1
     for (int item = rank + warp * ranks; item < octets * kItems; item += kWarps * ranks)
-        merge_item<T, kVectors>(params, tile, piece, first, second, count, item / kItems,
-                                item % kItems * 2 * kVectors + half);
+        merge_item<T, kLoads, kVectors>(params, tile, piece, first, second, count, item / kItems,
+                                        item % kItems * 2 * kVectors + half);
 }
 
 // Merges the part's share of the sequences whose chunks others have stored, too: kMost vectors of columns a
-// lane at a time, or kLeast where warps would have nothing to do.
-template <typename T, int kMost, int kLeast>
+// lane at a time, or kLeast where warps would have nothing to do; kLoads vectors are under way together.
+template <typename T, int kLoads, int kMost, int kLeast>
 __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer) {
     for_each_split<kForwards>(params, plan, tile, [&](const Split& piece) {
@@ -183,9 +183,9 @@ __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan&
         const int warps = part.num_splits * kConsumers * kWarps;
         constexpr int kItems = kGroups / (2 * kMost);
         if (kLeast == kMost || 2 * octets * kItems > warps) {
-            merge_items<T, kMost>(params, tile, piece, part, first, second, count, octets, consumer);
+            merge_items<T, kLoads, kMost>(params, tile, piece, part, first, second, count, octets, consumer);
         } else {
-            merge_items<T, kLeast>(params, tile, piece, part, first, second, count, octets, consumer);
+            merge_items<T, kLoads, kLeast>(params, tile, piece, part, first, second, count, octets, consumer);
         }
     });
 }

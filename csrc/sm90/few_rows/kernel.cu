@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto merge = [&](Storage<kRows>& shared, const RowTile& tile, int consumer) {
         if constexpr (kMode == Mode::kBatchInvariant) {
-            merge_chunks<T, 4, 1>(params, shared.plan, shared.phases, tile, consumer);
+            merge_chunks<T, 8, 4, 1>(params, shared.plan, shared.phases, tile, consumer);
         } else {
             // Of two octets of rows even small items would be too few if a half-warp took each.
             constexpr Halves kSmallHalves = kRows < kFewRows ? kSplitsInTurns : kColumnsInTurns;

@@ -43,18 +43,38 @@ __device__ inline void keep_chunk(const DecodeParams& params, const RowTile& til
                   });
 }
 
-// Adds the sum of the chunks before, where it is not in registers, to a chunk's `output`.
-__device__ inline void add_earlier_chunks(const DecodeParams& params, const RowTile& tile, const Chunk& chunk,
-                                          int slot, const ChunkSum::Step (&steps)[2], int consumer,
-                                          float (&output)[128]) {
+// Adds the sum of the chunks before to a chunk's `output`, but for what is in registers, which has been
+// added. Those take what comes meanwhile, so most of it is under way together, and get back what they had.
+__device__ inline void add_sum(const DecodeParams& params, int slot, const ChunkSum::Step (&steps)[2],
+                               int consumer, float (&output)[128], KeptSum& kept) {
+    constexpr int kPairs = kFirstKept / 4, kAtOnce = kKeptValues / 2;  // of a row; of both rows
+    constexpr int kToNext = ChunkPartial::kGroupFloats / 2;            // from a pair of a row
     const uint64_t read_once = ptx::evict_first();
-    for_each_pair(ChunkPartial(params, slot), chunk.valid_rows(params, tile), consumer,
-                  [&](int h, const float2* at, int i) {
-                      if (i >= kFirstKept) return;
-                      const float2 earlier = ptx::load(at, read_once);
-                      output[i] = steps[h].add(earlier.x, output[i]);
-                      output[i + 1] = steps[h].add(earlier.y, output[i + 1]);
-                  });
+    // Octets past the slot's end are the first one again: nobody wants to know their rows.
+    const int octets = params.partial_rows / kOctetRows, octet = threadIdx.x % kWarpgroup / 32 * 2;
+    const ChunkPartial sum(params, slot);
+    const auto* at =
+        reinterpret_cast<const float2*>(sum.group(octet < octets ? octet : 0, consumer * kGroups / 2)) +
+        threadIdx.x % 32;
+    const int to_second = octet + 1 < octets ? kGroups * kToNext : 0;
+#pragma unroll
+    for (int begin = 0; begin < 2 * kPairs; begin += kAtOnce) {
+        const int end = min(begin + kAtOnce, 2 * kPairs);
+#pragma unroll
+        for (int n = begin; n < end; ++n) {
+            const float2 value = ptx::load(at + n / kPairs * to_second + n % kPairs * kToNext, read_once);
+            kept[2 * (n - begin)] = value.x;
+            kept[2 * (n - begin) + 1] = value.y;
+        }
+#pragma unroll
+        for (int n = begin; n < end; ++n) {
+            const int h = n / kPairs, i = 4 * (n % kPairs) + 2 * h;
+            output[i] = steps[h].add(kept[2 * (n - begin)], output[i]);
+            output[i + 1] = steps[h].add(kept[2 * (n - begin) + 1], output[i + 1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kKeptValues; ++i) kept[i] = output[kFirstKept + i];
 }
 
 // The sum of the chunks before, which the part before has stored.
@@ -121,7 +141,7 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
         if (i == 1) scale = make_float2(sums[0].weights.inverse(), sums[1].weights.inverse());
         rescale_output(output, scale);
         if (i == 0 && adds_up) add_kept(steps, chunk.index == 0, output, kept);
-        if (i == 0 && takes_sum) add_earlier_chunks(params, tile, chunk, slot, steps, consumer, output);
+        if (i == 0 && takes_sum) add_sum(params, slot, steps, consumer, output, kept);
     }
     if (is_final) {
         store_rows<T>(params, tile, chunk, output, consumer,

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto merge = [&](Storage& shared, const RowTile& tile, int consumer) {
         if constexpr (kMode == Mode::kBatchInvariant) {
-            merge_chunks<T, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
+            merge_chunks<T, 16, 4, 4>(params, shared.plan, shared.phases, tile, consumer);
         } else {
             merge_splits<T, 4, kColumnsInTurns>(params, shared, tile, consumer);
         }
