@@ -43,8 +43,7 @@ def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
     """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
     waits until the part before has that, and is done within the budget all the same."""
     pages = [num_pages(length) for length in lengths]
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    budget, _ = fill_parts(pages, cost, parts, level)
+    budget, _ = fill_parts(pages, parts, level)
     metadata, _ = plan(lengths, parts, level)
     of_part = {}
     for split in splits_of(metadata, lengths):
@@ -97,4 +96,4 @@ def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, lev
         room -= START_COST + left
         length = chunk_pages(n, level)
         begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
-    assert begins == _fill(pages, cost, budget, level)
+    assert begins == _fill(pages, budget, level)

@@ -24,8 +24,7 @@ def lay_out_chunks(pages: Sequence[int], parts: int, level: int) -> Layout:
     nothing is left to merge: a part works on its last sequence first and on its first one last, going on with
     the sum of the part before. It may have to wait for that, but is done within the budget.
     """
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    budget, begins = fill_parts(pages, cost, parts, level)
+    budget, begins = fill_parts(pages, parts, level)
     return Layout(
         [min(of_seq) for of_seq in begins],
         [max(of_seq) for of_seq in begins],
@@ -33,34 +32,38 @@ def lay_out_chunks(pages: Sequence[int], parts: int, level: int) -> Layout:
         frozenset(
             seq
             for seq, of_seq in enumerate(begins)
-            if len(of_seq) == 2 and 2 * START_COST + cost[seq] <= budget
+            if len(of_seq) == 2 and 2 * START_COST + cost_of(pages[seq], level) <= budget
         ),
     )
 
 
-def fill_parts(
-    pages: Sequence[int], cost: Sequence[int], parts: int, level: int
-) -> tuple[int, list[dict[int, int]]]:
+def cost_of(pages: int, level: int) -> int:
+    """What all of a sequence costs, in pages: its chunks their pages and CHUNK_COST each."""
+    return max(1, pages) + CHUNK_COST * num_chunks(pages, level)
+
+
+def fill_parts(pages: Sequence[int], parts: int, level: int) -> tuple[int, list[dict[int, int]]]:
     """The budget, and what `_fill` makes of it.
 
-    A chunk costs its pages and CHUNK_COST, what a part does of a sequence START_COST beside. Of
-    NUM_BUDGETS between the fair share and one that is always enough, the least that is enough is taken.
+    What a part does of a sequence costs START_COST beside. Of NUM_BUDGETS between the fair share and one that
+    is always enough, the least that is enough is taken.
     """
     dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
-    least = max(ceil_div(sum(cost) + START_COST * len(pages), parts), START_COST + dearest)
+    total = sum(START_COST + cost_of(n, level) for n in pages)
+    least = max(ceil_div(total, parts), START_COST + dearest)
     for i in range(NUM_BUDGETS):
         budget = least + (2 * START_COST + dearest) * i // (NUM_BUDGETS - 1)
-        begins = _fill(pages, cost, budget, level)
+        begins = _fill(pages, budget, level)
         if max(begins[-1]) < parts:
             break
     return budget, begins
 
 
-def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
+def _fill(pages: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
     """For each sequence, the page that each part on it begins at."""
     begins, part, room = [], 0, budget
-    for n, left in zip(pages, cost, strict=True):
-        chunk, page = chunk_pages(n, level), 0
+    for n in pages:
+        chunk, page, left = chunk_pages(n, level), 0, cost_of(n, level)
         begins.append({})
         while START_COST + left > room:
             fitting = max(0, room - START_COST) // (chunk + CHUNK_COST)
