@@ -22,6 +22,7 @@ from mla_cases import (
     nan_results,
     plan_for,
     run,
+    run_ragged,
 )
 
 from vllm_flashmla_backend.flash_mla import (
@@ -29,6 +30,7 @@ from vllm_flashmla_backend.flash_mla import (
     flash_mla_decode_varlen,
     flash_mla_with_kvcache,
     get_mla_metadata,
+    providers,
 )
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.providers import CHOICE_VARIABLE
@@ -52,6 +54,23 @@ def test_calls_on_two_streams_do_not_disturb_each_other():
     torch.cuda.synchronize()
     for i, (out, lse) in together:
         assert torch.equal(out, alone[i][0]) and torch.equal(lse, alone[i][1])
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 40), (4, 16), (1, 12), (2, 60)])
+def test_nan_in_the_scratch_reaches_no_result(s_q, h_q, batch_invariant, monkeypatch):
+    """Rows of padding, and of query tokens that a sequence does not have, may be read along with others."""
+    case = Case((300, 1100, 700, 9000) * 40, s_q=s_q, h_q=h_q, causal=True)
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    query_lens = (s_q, 1, 0, 1) * 40
+    want = run_ragged(case, inputs, query_lens, batch_invariant)
+    empty = providers.empty_partials
+    monkeypatch.setattr(
+        providers, "empty_partials", lambda args: [partial.fill_(torch.nan) for partial in empty(args)]
+    )
+    for got, wanted in zip(run_ragged(case, inputs, query_lens, batch_invariant), want, strict=True):
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[1], wanted[1])
 
 
 @pytest.mark.parametrize("kernels", ["reference", "flash_mla"])

@@ -105,11 +105,12 @@ struct ChunkSum {
 };
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
-// each second one. Merged are `count` results: the first, that of all chunks before chunk `second`, and those
-// from there on.
+// each second one; kLoads of these vectors are under way together. Merged are `count` results: the first,
+// that of all chunks before chunk `second`, and those from there on.
 template <typename T, int kLoads, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                   const ChunkPartial& first, int second, int count, int octet, int group) {
+    static_assert(kLoads % kVectors == 0);
     constexpr int kUnroll = kLoads / kVectors;  // chunks at a time
     const uint64_t read_once = ptx::evict_first();
     const int lane = threadIdx.x % 16, to_next = ChunkPartial::rows_to_next(params);
@@ -166,7 +167,7 @@ __device__ inline void merge_items(const DecodeParams& params, const RowTile& ti
 }
 
 // Merges the part's share of the sequences whose chunks others have stored, too: kMost vectors of columns a
-// lane at a time, or kLeast where warps would have nothing to do; kLoads vectors are under way together.
+// lane at a time, or kLeast where warps would have nothing to do. kLoads: see merge_item.
 template <typename T, int kLoads, int kMost, int kLeast>
 __device__ inline void merge_chunks(const DecodeParams& params, const BlockPlan& plan, const Phases& phases,
                                     const RowTile& tile, int consumer) {

@@ -5,8 +5,6 @@
 
 namespace mla {
 
-enum class Mode { kSplits, kBatchInvariant };
-
 using DecodeKernel = void (*)(DecodeParams, DecodeMaps);
 
 struct Launchable {

@@ -75,7 +75,8 @@ class Loader {
             load_group<kLeftV>(page_index, with_query, split.query);
             load_group<kRightV>(page_index, with_query, split.query);
             if constexpr (Groups::tiles_in(kLateV) > 0) {
-                // Its place will be free late: the L2 fetches it meanwhile, unless it is for sums of chunks.
+                // Its place will be free late: the L2 fetches it meanwhile, unless sums of chunks are to stay
+                // there.
                 if (kMode == Mode::kSplits && pages_asked_for_ >= kStages && share_pages(params_) &&
                     blockIdx.x % 2 == 0)
                     prefetch_group<kLateV>(page_index);

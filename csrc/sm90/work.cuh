@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../params.h"
-#include "kernels.h"
 #include "ptx.cuh"
 
 namespace mla {
@@ -22,6 +21,7 @@ __device__ inline int part_of_block(const DecodeParams& params, bool half_may_id
 // In which order a part works on its sequences. The batch-invariant mode begins with the last one, so that
 // the next part may go on with it at its own end.
 enum Order { kForwards, kBackwards };
+enum class Mode { kSplits, kBatchInvariant };
 template <Mode kMode>
 constexpr Order kOrderOf = kMode == Mode::kBatchInvariant ? kBackwards : kForwards;
 

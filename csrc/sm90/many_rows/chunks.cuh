@@ -43,14 +43,17 @@ __device__ inline void keep_chunk(const DecodeParams& params, const RowTile& til
                   });
 }
 
-// Adds the sum of the chunks before to a chunk's `output`, but for what is in registers, which has been
-// added. Those take what comes meanwhile, so most of it is under way together, and get back what they had.
-__device__ inline void add_sum(const DecodeParams& params, int slot, const ChunkSum::Step (&steps)[2],
-                               int consumer, float (&output)[128], KeptSum& kept) {
-    constexpr int kPairs = kFirstKept / 4, kAtOnce = kKeptValues / 2;  // of a row; of both rows
-    constexpr int kToNext = ChunkPartial::kGroupFloats / 2;            // from a pair of a row
+// Adds what is stored of the sum of the chunks before to a chunk's `output`; what is kept has been added. All
+// that comes is under way together: `kept` lends its registers, and gets from the output what it had. Loads
+// are not conditional, else the compiler spills: in padding rows it adds whatever lies there, which nobody
+// stores.
+__device__ inline void add_stored_sum(const DecodeParams& params, int slot, const ChunkSum::Step (&steps)[2],
+                                      int consumer, float (&output)[128], KeptSum& kept) {
+    constexpr int kPairs = kFirstKept / 4;                   // that are stored of each of a thread's rows
+    constexpr int kAtOnce = kKeptValues / 2;                 // pairs that `kept` has room for
+    constexpr int kToNext = ChunkPartial::kGroupFloats / 2;  // from a row's pair to its next one
     const uint64_t read_once = ptx::evict_first();
-    // Octets past the slot's end are the first one again: nobody wants to know their rows.
+    // Octets past the slot's end, all of padding, are the first one again.
     const int octets = params.partial_rows / kOctetRows, octet = threadIdx.x % kWarpgroup / 32 * 2;
     const ChunkPartial sum(params, slot);
     const auto* at =
@@ -141,7 +144,7 @@ __device__ inline void finish_chunk(const DecodeParams& params, Storage& shared,
         if (i == 1) scale = make_float2(sums[0].weights.inverse(), sums[1].weights.inverse());
         rescale_output(output, scale);
         if (i == 0 && adds_up) add_kept(steps, chunk.index == 0, output, kept);
-        if (i == 0 && takes_sum) add_sum(params, slot, steps, consumer, output, kept);
+        if (i == 0 && takes_sum) add_stored_sum(params, slot, steps, consumer, output, kept);
     }
     if (is_final) {
         store_rows<T>(params, tile, chunk, output, consumer,
