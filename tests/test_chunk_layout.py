@@ -96,4 +96,4 @@ def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, lev
         room -= START_COST + left
         length = chunk_pages(n, level)
         begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
-    assert begins == _fill(pages, budget, level)
+    assert begins == _fill(pages, cost, budget, level)

@@ -49,21 +49,21 @@ def fill_parts(pages: Sequence[int], parts: int, level: int) -> tuple[int, list[
     is always enough, the least that is enough is taken.
     """
     dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
-    total = sum(START_COST + cost_of(n, level) for n in pages)
-    least = max(ceil_div(total, parts), START_COST + dearest)
+    cost = [cost_of(n, level) for n in pages]  # once, not for each budget
+    least = max(ceil_div(sum(cost) + START_COST * len(pages), parts), START_COST + dearest)
     for i in range(NUM_BUDGETS):
         budget = least + (2 * START_COST + dearest) * i // (NUM_BUDGETS - 1)
-        begins = _fill(pages, budget, level)
+        begins = _fill(pages, cost, budget, level)
         if max(begins[-1]) < parts:
             break
     return budget, begins
 
 
-def _fill(pages: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
+def _fill(pages: Sequence[int], cost: Sequence[int], budget: int, level: int) -> list[dict[int, int]]:
     """For each sequence, the page that each part on it begins at."""
     begins, part, room = [], 0, budget
-    for n in pages:
-        chunk, page, left = chunk_pages(n, level), 0, cost_of(n, level)
+    for n, left in zip(pages, cost, strict=True):
+        chunk, page = chunk_pages(n, level), 0
         begins.append({})
         while START_COST + left > room:
             fitting = max(0, room - START_COST) // (chunk + CHUNK_COST)
