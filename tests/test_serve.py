@@ -39,7 +39,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+    return openai.OpenAI(**server.client_options(), timeout=300)
 
 
 def test_completions_of_a_batch_are_right(client):
@@ -99,7 +99,7 @@ def test_sixteen_at_once_with_one_aborted_midway(client, server):
 
 async def ask_together_and_abort_one(server: Server, prompts: list[str]) -> list[str]:
     """Send all prompts and, among them, one long request that hangs up after its first tokens."""
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+    client = openai.AsyncOpenAI(**server.client_options(), timeout=300)
 
     async def ask(text: str) -> str:
         return (await client.completions.create(prompt=text, **ANSWER)).choices[0].text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from functools import cache
 from itertools import islice
 from types import SimpleNamespace
 
+import openai
 import pytest
 import torch
 
@@ -138,6 +140,43 @@ def test_client_that_hangs_up_closes_its_stream(pieces):
     outcome = outcome_of(Ask("kano", 1, None, 100, True, hang_up_after=pieces), stream)
     assert outcome.ended == "aborted"
     assert stream.closed
+
+
+ANSWER = b'data: {"choices": [{"index": 0, "text": "kano", "finish_reason": "length"}]}\n\n'
+ANSWER += b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\ndata: [DONE]\n\n'
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(ANSWER)
+
+
+async def answer_one_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve a connection as a server whose patience with an idle one ends as the next request comes."""
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+        writer.write(HEAD + ANSWER)
+        await reader.readexactly(1)  # of the next request, or the client's end
+    writer.close()
+
+
+def test_connection_that_the_server_gives_up_fails_no_request():
+    asks = [Ask("kano", 1, None, 1, exact=True)] * 2
+
+    async def run() -> list[Outcome]:
+        async with await asyncio.start_server(answer_one_request, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with openai.AsyncOpenAI(**Server(f"http://127.0.0.1:{port}").client_options()) as client:
+                made = Load(client, "recall")
+                for ask in asks:
+                    await made.run([ask], [0.0])
+                return made.outcomes
+
+    assert [(outcome.ended, outcome.error) for outcome in asyncio.run(run())] == [("completed", None)] * 2
+
+
+def test_failure_says_what_it_came_from():
+    error = ConnectionError("Connection error.")
+    error.__cause__ = OSError("reset by peer")
+    outcome = outcome_of(RECALL, Stream(error))
+    assert outcome.error == "ConnectionError: Connection error. (from OSError: reset by peer)"
 
 
 def test_request_without_end_is_lost(monkeypatch):

@@ -41,6 +41,15 @@ class Server:
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
         return sum(map(float, re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M)))
 
+    def client_options(self) -> dict:
+        """What one of openai's clients needs to ask each request once, over a connection of its own.
+
+        A kept connection that was idle for 5 s is closed by the server just when the client may still send
+        on it, and what fails then says nothing of the server.
+        """
+        once = {"Connection": "close"}
+        return {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "default_headers": once}
+
 
 @contextlib.contextmanager
 def serve(model: Path, *options: str, name: str) -> Iterator[Server]:

@@ -160,7 +160,7 @@ async def drive(
     from ..soak.asks import arrivals, make_asks
     from ..soak.load import Load
 
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    client = openai.AsyncOpenAI(**server.client_options(), timeout=600)
     load = Load(client, args.name)
     times = arrivals(args.seed, args.seconds, args.rate, args.burst, args.burst_every)
     endless = make_asks(args.seed, args.max_tokens, args.abort_share, args.scored)

@@ -41,6 +41,12 @@ class Outcome:
     right: bool | None = None
 
 
+def describe(error: Exception) -> str:
+    """An error with what it came from, of which the client's `Connection error.` says nothing."""
+    said = f"{type(error).__name__}: {error}"
+    return f"{said} (from {describe(error.__cause__)})" if error.__cause__ else said
+
+
 @dataclass
 class Load:
     """A load as it runs.
@@ -76,7 +82,7 @@ class Load:
         try:
             outcome.ended = await self._ask(ask, outcome)
         except Exception as error:  # of the client's many kinds each is one request that failed
-            outcome.ended, outcome.error = "failed", f"{type(error).__name__}: {error}"
+            outcome.ended, outcome.error = "failed", describe(error)
 
     async def _ask(self, ask: Ask, outcome: Outcome) -> str:
         """Ask and read the answer; how it ended. Raises ValueError where the answer is not whole."""
