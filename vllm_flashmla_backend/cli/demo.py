@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ def start_engine(model: Path) -> LLM:
     require_kernels()
     if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":  # the table is what counts
         print("starting vLLM; with VLLM_LOGGING_LEVEL=INFO it says how", file=sys.stderr)
+        warnings.simplefilter("ignore")  # of what vLLM calls in torch, and nobody here can mend
     from vllm import LLM
     from vllm.platforms import current_platform
 
