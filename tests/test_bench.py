@@ -175,13 +175,15 @@ def test_peer_that_cannot_be_imported_says_why(monkeypatch):
 
 def test_build_past_its_limit_is_ended_with_all_it_started(tmp_path):
     mark = tmp_path / "mark"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    started = tmp_path / "started"
+    child = f"import time, pathlib; pathlib.Path({str(started)!r}).touch(); time.sleep(6)"
+    child += f"; pathlib.Path({str(mark)!r}).touch()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert "longer than 1 s" in peers._run_limited(program, 1)
+    assert "longer than 3 s" in peers._run_limited(program, 3)
     assert peers._run_limited("pass", 20) is None
     assert "no nvcc" in peers._run_limited("raise RuntimeError('no nvcc')", 20)
-    time.sleep(3)
-    assert not mark.exists()
+    time.sleep(4)
+    assert started.exists() and not mark.exists()
 
 
 @pytest.mark.gpu

@@ -102,6 +102,20 @@ def test_wrong_result_of_ours_reaches_nothing_and_fails_the_run(tmp_path, capsys
     assert not comparison.must_reached
 
 
+def test_file_that_lacks_a_key_is_named_with_it(tmp_path):
+    path = tmp_path / "half.json"
+    path.write_text(json.dumps({"ceilings": {}, "rows": [{}]}))
+    with pytest.raises(SystemExit, match=f"{path}: 'b' is missing; expected a whole results file"):
+        main(["bench", "--plot", str(path)])
+
+
+def test_picture_that_cannot_be_written_is_named(tmp_path):
+    report.save(results(row(Case(1, 1, 8192, 16), "ours", 1.0)), tmp_path / "r.json")
+    (tmp_path / "r-roofline.png").mkdir()
+    with pytest.raises(SystemExit, match=f"{tmp_path}/r-roofline.png: the picture cannot be written"):
+        main(["bench", "--plot", str(tmp_path / "r.json")])
+
+
 def test_nan_is_wrong_and_is_written_as_null(tmp_path):
     nan = row(Case(1, 1, 8192, 16), "fa3", 1.0, rel_err=float("nan"))
     assert nan["right"] is False

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vllm_flashmla_backend.bench import report, serve, serve_plot, serve_report
 from vllm_flashmla_backend.bench.serve import Job
-from vllm_flashmla_backend.cli import main
+from vllm_flashmla_backend.cli import bench_serve, main
 from vllm_flashmla_backend.cli.options import numbers
 
 ON_GPU = torch.cuda.is_available()
@@ -214,6 +214,33 @@ def test_runs_join_where_machine_versions_model_commit_and_options_are_the_same(
     path = tmp_path / "nvidia-h200-2000-01-01-serve.json"
     report.save(results(row("ours", 1.0)), path)
     assert serve.mergeable(tmp_path, HEAD | change) == (path if joins else None)
+
+
+def test_failures_of_other_backends_outlast_a_run_that_joins(tmp_path, monkeypatch):
+    failures = [{"backend": name, "error": "boom", "log": ""} for name in ("ours", "FLASHMLA")]
+    report.save(results(row("ours", 1.0), failures=failures), tmp_path / "nvidia-h200-2000-01-01-serve.json")
+    monkeypatch.setattr(bench_serve, "describe_run", lambda *_: dict(HEAD))
+    monkeypatch.setattr(serve, "model_shape", lambda *_: HEAD["model"])
+    args = argparse.Namespace(out=tmp_path, model=None, layers=16)
+    joined, _ = bench_serve.begin(args, [job(backend="FLASHMLA")])
+    assert joined["failures"] == failures[:1]
+
+
+def test_names_and_numbers_given_twice_are_measured_once():
+    assert bench_serve.chosen_backends("ours,ours") == ["ours"]
+    assert numbers("8,16,8") == (8, 16)
+
+
+@pytest.mark.parametrize("config, why", [("{}", "lacks hidden_size"), ("{", "is no JSON")])
+@pytest.mark.parametrize("kind", ["--serve", "--tails"])
+def test_model_without_mla_is_refused(kind, config, why, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match=f"--model is {tmp_path}, whose config.json {why}"):
+        main(["bench", kind, "--model", str(tmp_path)])
+
+
+def test_more_layers_than_a_cpu_has_room_for_leave_no_token():
+    assert serve.cpu_cache_tokens(1000) == 0
 
 
 def test_rows_join_no_file_that_does_not_say_how_its_rows_were_timed(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 from vllm_flashmla_backend.cli import checks, main, report
 from vllm_flashmla_backend.cli.doctor import show
+from vllm_flashmla_backend.flash_mla import ops
 
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -103,6 +104,14 @@ def test_kernels_that_cannot_run_are_named(monkeypatch):
     assert "VLLM_FLASHMLA_KERNELS: got 'fastest'" in checks.kernels().remedy
 
 
+@pytest.mark.parametrize("built, found", [(True, "not to be loaded: no GLIBC_2.38"), (False, "not built")])
+def test_kernels_that_do_not_load_are_not_needed_on_a_cpu(built, found, monkeypatch):
+    monkeypatch.setattr(checks, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ops, "load_error", lambda: "no GLIBC_2.38")
+    monkeypatch.setattr(ops, "kernels_built", lambda: built)
+    assert checks.library() == checks.Check("GPU kernels", f"{found}, and not needed on a CPU")
+
+
 def test_wrong_kernels_are_found_out(monkeypatch):
     monkeypatch.setattr(checks, "decodes_a_page", lambda: False)
     assert "WRONG" in checks.kernels().found
@@ -163,3 +172,5 @@ def test_report_hides_secrets_and_homes():
 def test_ordinary_text_of_the_report_is_left_alone():
     ordinary = "flash_mla 0.1.0, lora_resolvers.hf_hub_resolver:register_hf_hub_resolver"
     assert report.mask(ordinary, {"SOME_KEY": "1"}) == ordinary
+    system = "Linux-6.1-x86_64-with-glibc2.36"
+    assert report.mask(system, {"HOSTTYPE": "x86_64"}) == system

@@ -98,6 +98,8 @@ WRONG = [
     ("out", lambda t: t.float(), "got torch.float32, expected torch.bfloat16"),
     ("out", lambda t: t[:, :1], r"got shape \(3, 1, 4, 512\), expected \(3, 2, 4, 512\)"),
     ("out", every_other, "got stride 2 in the last dimension"),
+    ("out", lambda t: t[:, :, :1].expand(t.shape), r"got strides \(\d+, \d+, 0, 1\), expected none of 0"),
+    ("lse", lambda t: t[:1].expand(t.shape), r"got strides \(0, \d+, 1\), expected none of 0"),
     ("lse", lambda t: t.double(), "got torch.float64, expected torch.float32"),
     ("lse", lambda t: t.transpose(1, 2), r"got shape \(3, 2, 4\), expected \(3, 4, 2\)"),
 ]

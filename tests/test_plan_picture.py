@@ -173,6 +173,7 @@ def test_batch_invariant_plan_cuts_between_chunks_of_the_rows_level(heads, query
         (["--lens", ","], "--lens is ','"),
         (["--lens", "1,,2"], "--lens is '1,,2', expected lengths of 0 to 2,147,483,647 with commas between"),
         (["--lens", "2147483648"], "--lens is '2147483648'"),
+        (["--lens", "9" * 5000], "--lens is '9999"),
         (["--lens", "5", "--out", "/nowhere/x.png"], "--out is /nowhere/x.png: No such file or directory"),
         (["--lens", "5", "--out", "/tmp"], "--out is /tmp, expected a name that ends in .png"),
         (["--lens", "5", "--out", "/tmp/x.foo"], "--out is /tmp/x.foo: Format 'foo' is not supported"),

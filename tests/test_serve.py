@@ -60,14 +60,13 @@ def test_chat_goes_on_over_several_turns(client):
 
 def test_stream_gives_the_same_text_in_pieces(client):
     prompt = make_prompt(3, 2200)
-    whole = client.completions.create(prompt=prompt.text, **ANSWER).choices[0].text
-    chunks = [
-        chunk.choices[0].text
-        for chunk in client.completions.create(prompt=prompt.text, stream=True, **ANSWER)
-    ]
+    # Long, as pieces that wait to be sent are sent as one.
+    asked = ANSWER | {"prompt": prompt.text, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**asked).choices[0].text
+    chunks = [chunk.choices[0].text for chunk in client.completions.create(stream=True, **asked)]
     assert "".join(chunks) == whole
     assert len([chunk for chunk in chunks if chunk]) > 1
-    assert is_right(prompt, whole)
+    assert " ".join(whole.split()).startswith(prompt.answer)
 
 
 def test_logprobs_are_those_of_the_greedy_choice(client):
@@ -87,9 +86,9 @@ def test_sixteen_at_once_with_one_aborted_midway(client, server):
     assert all(is_right(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
 
     deadline = time.monotonic() + 30
-    while server.metric(RUNNING) and time.monotonic() < deadline:
+    while server.metrics(RUNNING) != [0] and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert server.metric(RUNNING) == 0, "the aborted request still runs"
+    assert server.metrics(RUNNING) == [0], "the aborted request still runs"
 
     # The pages that it had are free again, and what others now keep in them is read right.
     after = make_prompts(seed=6, count=4)
@@ -111,7 +110,7 @@ async def ask_together_and_abort_one(server: Server, prompts: list[str]) -> list
         stream = await client.completions.create(prompt=prompt, stream=True, extra_body=endless, **wordy)
         for _ in range(5):
             await anext(stream)
-        assert server.metric(RUNNING) >= 1
+        assert server.metrics(RUNNING) >= [1]
         await stream.close()
 
     *texts, _ = await asyncio.gather(*map(ask, prompts), hang_up())

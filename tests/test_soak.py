@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import sys
 from functools import cache
 from itertools import islice
 from types import SimpleNamespace
@@ -14,15 +13,16 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_flashmla_backend.cli import main
 from vllm_flashmla_backend.cli import soak as cli_soak
-from vllm_flashmla_backend.serving import Server, serve
+from vllm_flashmla_backend.serving import Server
 from vllm_flashmla_backend.soak import load, watch
 from vllm_flashmla_backend.soak.asks import Ask, arrivals, make_asks
 from vllm_flashmla_backend.soak.load import Load, Outcome, check_whole
 from vllm_flashmla_backend.soak.report import faults, figures
-from vllm_flashmla_backend.soak.watch import Growth, Sample, growth
+from vllm_flashmla_backend.soak.watch import Growth, Sample, Watched, growth
 
 ON_GPU = torch.cuda.is_available()
 MIB = 1 << 20
@@ -193,7 +193,14 @@ def test_answer_shorter_than_was_asked_for_is_a_failure():
 
 
 def run(
-    completed: int = 1000, wrong: int = 0, failed: int = 0, lost: int = 0, left: int | None = 0, **memory
+    completed: int = 1000,
+    wrong: int = 0,
+    failed: int = 0,
+    lost: int = 0,
+    left: int | None = 0,
+    missed: int = 0,
+    cut_off: bool = False,
+    **memory,
 ) -> dict:
     outcomes = [
         Outcome(RECALL, 0.0, first=0.5, last=0.53, tokens=4, ended="completed", right=index >= wrong)
@@ -203,7 +210,7 @@ def run(
     outcomes += [Outcome(RECALL, 0.0)] * lost
     memory = dict(host=[1 << 30] * 200) | memory
     samples = [Sample(float(at), count, None, 9, 3, at) for at, count in enumerate(memory["host"])]
-    return figures(outcomes, samples, left)
+    return figures(outcomes, Watched(samples, missed, left), cut_off)
 
 
 def test_figures_of_a_run():
@@ -218,7 +225,7 @@ def test_figures_of_a_run():
 def test_equal_errors_are_counted():
     other = Outcome(RECALL, 0.0, ended="failed", error="OSError: gone")
     failed = [Outcome(RECALL, 0.0, ended="failed", error="ValueError: half") for _ in range(30)]
-    assert figures([other, *failed], [], 0)["errors"] == {"ValueError: half": 30, "OSError: gone": 1}
+    assert figures([other, *failed], Watched())["errors"] == {"ValueError: half": 30, "OSError: gone": 1}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +246,10 @@ def test_address_where_no_server_answers_is_named_before_the_load(url, monkeypat
         (dict(failed=1), "1 request failed"),
         (dict(lost=1), "1 request lost"),
         (dict(left=1), "1 request left running"),
-        (dict(left=None), "no longer answers"),
+        (dict(left=None), "does not say whether requests are left"),
+        (dict(missed=200), None),
+        (dict(missed=201), "seen 200 times of 401"),
+        (dict(left=None, cut_off=True), "cut off before its end"),
         (dict(completed=0), "no answer was scored"),
         (dict(host=[MIB * (1024 + at) for at in range(200)]), "host memory grew from 1,101 MiB to 1,206 MiB"),
     ],
@@ -259,26 +269,56 @@ def test_memory_may_grow_while_it_warms_up_and_only_then():
     assert growth([(float(at), None) for at in range(200)]) is None
 
 
-def test_server_that_is_gone_is_told_from_one_without_metrics():
-    with pytest.raises(ConnectionError, match="no longer answers"):
+def test_server_that_is_gone_gives_no_metrics():
+    with pytest.raises(ConnectionError, match="the server gave no metrics"):
         watch.sample(Server("http://127.0.0.1:9", pid=None), lambda: None)
 
 
-def test_server_that_ends_before_it_answers_says_why(tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no model in $4\nexit 3\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    why = f"the server ended with status 3:\nno model in {tmp_path}"
-    with pytest.raises(RuntimeError, match=why), serve(tmp_path, name="soak"):
-        pass
+def test_sample_that_fails_is_counted_and_the_next_one_taken(monkeypatch):
+    sample = Sample(0.0, None, None, 1, 1, 1)
+    taken = iter([sample, ValueError("half an answer"), sample, sample])
+
+    def take(*_) -> Sample:
+        if isinstance(made := next(taken), Exception):
+            raise made
+        return made
+
+    monkeypatch.setattr(watch, "sample", take)
+    monkeypatch.setattr(cli_soak, "SAMPLE_SECONDS", 0.001)
+    watched, console = Watched(), Console(quiet=True)
+
+    async def run() -> None:
+        load = Load(None, "")
+        watching = asyncio.create_task(cli_soak.watch(Server("http://nowhere"), load, watched, console))
+        while len(watched.samples) < 3:
+            await asyncio.sleep(0.01)
+        watching.cancel()
+
+    asyncio.run(run())
+    assert len(watched.samples) == 3 and watched.missed >= 1
+
+
+def test_run_that_is_cut_off_leaves_its_figures(tmp_path, monkeypatch):
+    async def drive(args, server, outcomes, *_) -> None:
+        outcomes.append(Outcome(RECALL, 0.0))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(cli_soak, "drive", drive)
+    monkeypatch.setattr(cli_soak, "check_health", lambda server: None)
+    with pytest.raises(SystemExit, match="143"):
+        main(["soak", "--base-url", "http://nowhere", "--name", "kimi", "--out", str(tmp_path / "soak.json")])
+    made = json.loads((tmp_path / "soak.json").read_text())
+    assert (made["cut_off"], made["requests"], made["lost"]) == (True, 1, 1)
+    assert made["model"] == "kimi" and "torch" not in made  # the server's, which is not known
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--seconds", "0"], "--seconds is 0"),
-        (["--rate", "0"], "--rate is 0, expected at least 0.01"),
+        (["--rate", "0"], "--rate is 0, expected 0.01 to 10,000"),
+        (["--seconds", "inf"], "--seconds is inf"),
+        (["--base-url", "http://host", "--", "--port"], "--port: for a server that is started here"),
         (["--max-tokens", "8"], "--max-tokens is 8"),
         (["--abort-share", "1.5"], "--abort-share is 1.5"),
         (["--model", "/nowhere"], "--model is /nowhere"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
@@ -36,10 +38,22 @@ class Server:
     url: str
     pid: int | None = None
 
-    def metric(self, name: str) -> float:
-        """A number from the server's own metrics, summed over its engines; 0 where there is none."""
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        return sum(map(float, re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M)))
+    def metrics(self, *names: str) -> list[float]:
+        """Numbers from the server's own metrics, each summed over its engines; 0 where there is none.
+
+        Raises
+        ------
+        ConnectionError : it does not answer, or not with metrics.
+        """
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+            return [
+                sum(map(float, re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M)))
+                for name in names
+            ]
+        except (OSError, HTTPException, ValueError) as error:
+            raise ConnectionError(f"the server gave no metrics: {error}") from error
 
     def client_options(self) -> dict:
         """What one of openai's clients needs to ask each request once, over a connection of its own.
@@ -67,14 +81,14 @@ def serve(model: Path, *options: str, name: str) -> Iterator[Server]:
         in all of it.
     """
     port = _free_port()
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--attention-backend", "FLASHMLA", "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
-    with tempfile.TemporaryFile("w+") as log:
+    with _no_proxy("127.0.0.1"), tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(url, process, log)
+            _wait_until_ready(url, name, process, log)
             yield Server(url, process.pid)
         finally:
             stop_group(process)
@@ -86,18 +100,37 @@ def _free_port() -> int:
         return taken.getsockname()[1]
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen, log: IO[str]) -> None:
+@contextlib.contextmanager
+def _no_proxy(host: str) -> Iterator[None]:
+    """Have clients of this process, urllib's and httpx's, go to the host itself where a proxy is set."""
+    before = os.environ.get("no_proxy")
+    exempt = before or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{exempt},{host}" if exempt else host
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["no_proxy"]
+        else:
+            os.environ["no_proxy"] = before
+
+
+def _wait_until_ready(url: str, name: str, process: subprocess.Popen, log: IO[str]) -> None:
+    """Until this very server answers: another may have got its port, and would not know its model."""
     deadline = time.monotonic() + START_SECONDS
-    why = f"did not answer in {START_SECONDS} s"
+    why = ""
     while time.monotonic() < deadline:
         if process.poll() is not None:
             why = f"ended with status {process.returncode}"
             break
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                if name in [model["id"] for model in json.load(answer)["data"]]:
+                    return
+            why = f"did not take its port: another server answers at {url}"
+        except (OSError, HTTPException, ValueError, KeyError) as error:
+            why = f"did not answer in {START_SECONDS} s: {error}"
+        time.sleep(1)
     log.seek(0)
     said = log.read()
     raise RuntimeError("\n".join([f"the server {why}:", said[-LOG_TAIL:], *errors(said)]))

@@ -102,7 +102,7 @@ class Job:
 
 def cpu_cache_tokens(layers: int) -> int:
     """Tokens that the KV cache has room for on a CPU; one page is vLLM's own."""
-    return (CPU_CACHE_BYTES // (layers * TOKEN_BYTES * PAGE_TOKENS) - 1) * PAGE_TOKENS
+    return max(0, CPU_CACHE_BYTES // (layers * TOKEN_BYTES * PAGE_TOKENS) - 1) * PAGE_TOKENS
 
 
 def model_shape(model: Path, layers: int) -> dict:
@@ -181,7 +181,7 @@ def add(results: dict, name: str, entry: dict) -> None:
 
 
 def mergeable(directory: Path, head: dict) -> Path | None:
-    """The newest file in `directory` that this run's rows may join: all of `SAME` is the same.
+    """The file in `directory` that this run's rows may join, the last by name: all of `SAME` is the same.
 
     Code that is not all committed has no name, so such runs, and those of an unknown commit, join none. None
     joins a file that does not say how its rows were timed.

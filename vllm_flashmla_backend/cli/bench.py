@@ -17,7 +17,7 @@ from ..words import count
 from . import bench_serve, bench_tails
 from .environment import device
 from .options import require, require_out
-from .results import describe_run, require_rows, show_tables, unused_path
+from .results import describe_run, require_rows, show_pictures, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
 
@@ -196,7 +196,6 @@ def show(path: Path, with_plots: bool) -> int:
     if with_plots:
         from ..bench.plots import draw
 
-        for picture in draw(results, path):
-            console.print(f"plot: {picture}", soft_wrap=True)
+        show_pictures(console, lambda: draw(results, path))
     failed = any(failure["peer"] == report.OURS for failure in results.get("failures", ()))
     return 0 if not failed and all(comparison.ours for comparison in report.compare(results)) else 1

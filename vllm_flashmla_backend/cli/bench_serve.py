@@ -14,7 +14,7 @@ from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from ..words import count
 from .environment import device
 from .options import numbers, require, require_cpu_cache, require_heads, require_model, require_out
-from .results import describe_run, failed, gpu_monitor, require_rows, show_tables, unused_path
+from .results import describe_run, failed, gpu_monitor, require_rows, show_pictures, show_tables, unused_path
 
 ON_A_CPU = "--serve --layers 1 --heads 16 --batches 1,4 --contexts 1024 --rounds 2"
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     require_heads(*args.heads)
     if args.plot:
         return show(args.plot, args.plots)
-    require_model(args.model)
+    require_model(args.model, serve.SHAPE_KEYS)
     require_out(args.out)
     jobs = jobs_of(args)
     require_cpu_cache(jobs[0], f"--contexts up to {max(args.contexts):,}", ON_A_CPU)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_backends(words: str | None) -> list[str]:
     possible = (report.OURS, *PEERS[device().type])
-    chosen = [name for name in words.split(",") if name] if words else list(possible)
+    chosen = list(dict.fromkeys(name for name in words.split(",") if name)) if words else list(possible)
     if unknown := set(chosen) - set(possible):
         names = ", ".join(sorted(unknown))
         raise SystemExit(f"--backends has {names}, expected some of {','.join(possible)}")
@@ -117,7 +117,7 @@ def jobs_of(args: argparse.Namespace) -> list[serve.Job]:
 
 def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
     """Run an engine for each backend and number of heads; the results file, written anew after each row."""
-    results, path = begin(args)
+    results, path = begin(args, jobs)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(count(len(jobs), "backend"), total=sum(job.num_rows for job in jobs))
         for job in jobs:
@@ -139,12 +139,17 @@ def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
     return path
 
 
-def begin(args: argparse.Namespace) -> tuple[dict, Path]:
-    """The results that the run adds to, and their file: an earlier one's where it may join them."""
+def begin(args: argparse.Namespace, jobs: list[serve.Job]) -> tuple[dict, Path]:
+    """The results that the run adds to, and their file: an earlier one's where it may join them.
+
+    Failures of the backends that are measured again are left out of it.
+    """
     head = describe_run(args, gpu_monitor(), "rounds", "steps", "row_seconds")
     head |= {"model": serve.model_shape(args.model, args.layers)}
     if path := serve.mergeable(args.out, head):
-        return report.read(path, head="model") | {"failures": []}, path
+        results, again = report.read(path, head="model"), {job.backend for job in jobs}
+        others = [failure for failure in results["failures"] if failure["backend"] not in again]
+        return results | {"failures": others}, path
     path = unused_path(args.out, head["gpu"] or "cpu", head["date"], "-serve")
     return head | {"rows": [], "skipped": [], "failures": []}, path
 
@@ -165,6 +170,6 @@ def show(path: Path, with_plots: bool) -> int:
     if with_plots:
         from ..bench.serve_plot import draw
 
-        console.print(f"plot: {draw(results, path)}", soft_wrap=True)
+        show_pictures(console, lambda: [draw(results, path)])
     failed = any(failure["backend"] == report.OURS for failure in results["failures"])
     return 1 if failed else 0

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     require_heads(*args.heads)
     if args.plot:
         return show(args.plot, args.markdown)
-    require_model(args.model)
+    require_model(args.model, serve.SHAPE_KEYS)
     require_out(args.out)
     jobs = jobs_of(args)
     require_cpu_cache(jobs[0], f"--cached {args.cached:,}, --lengths up to {max(args.lengths)}", ON_A_CPU)

@@ -89,8 +89,9 @@ def library() -> Check:
     error = ops.load_error()
     if error is None:
         return Check("GPU kernels", "built, and the library loads")
-    if device().type == "cpu" and not ops.kernels_built():
-        return Check("GPU kernels", "not built, and not needed on a CPU")
+    if device().type == "cpu":
+        state = f"not to be loaded: {error}" if ops.kernels_built() else "not built"
+        return Check("GPU kernels", f"{state}, and not needed on a CPU")
     return Check(
         "GPU kernels", error, f"install CUDA 12.4 or newer, or the extra [nvcc]; then {INSTALL_THIS}"
     )

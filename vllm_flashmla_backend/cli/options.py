@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ def require(*options: tuple[str, float, float] | tuple[str, float, float, float]
     """SystemExit where an option's value is below its least, or above its most if it has one:
     (name, value, least, most)."""
     for name, value, least, *most in options:
-        if not least <= value <= (most[0] if most else value):  # nor is NaN
+        if not (math.isfinite(value) and least <= value <= (most[0] if most else value)):
             wanted = f"{_words(least)} to {_words(most[0])}" if most else f"at least {_words(least)}"
             raise SystemExit(f"{name} is {_words(value)}, expected {wanted}")
 
@@ -38,10 +41,18 @@ def require_heads(*numbers: int) -> None:
         raise SystemExit(str(error)) from error
 
 
-def require_model(path: Path) -> None:
-    """SystemExit where `--model` is no directory of a model."""
+def require_model(path: Path, keys: Sequence[str] = ()) -> None:
+    """SystemExit where `--model` is no directory of a model, or lacks keys of its configuration."""
     if not (path / "config.json").is_file():
         raise SystemExit(f"--model is {path}, which has no config.json")
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise SystemExit(f"--model is {path}, whose config.json is no JSON: {error}") from error
+    if lacking := [key for key in keys if key not in config]:
+        raise SystemExit(
+            f"--model is {path}, whose config.json lacks {', '.join(lacking)}; expected a model with MLA"
+        )
 
 
 def require_out(directory: Path) -> None:
@@ -67,8 +78,8 @@ def require_cpu_cache(job: Job | TailsJob, options: str, instead: str) -> None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """`16,128` as numbers."""
+    """`16,128` as numbers, each once."""
     words = text.split(",")
     if not all(word.isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r}, expected numbers from 1 with commas between them")
-    return tuple(int(word) for word in words)
+    return tuple(dict.fromkeys(int(word) for word in words))

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 def parse_lengths(text: str) -> list[int]:
     """`100,2000` as numbers."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) <= LONGEST for word in words):
+    if not all(word.isdecimal() and len(word) < 20 and int(word) <= LONGEST for word in words):
         raise SystemExit(f"--lens is {text!r}, expected lengths of 0 to {LONGEST:,} with commas between them")
     return [int(word) for word in words]
 
@@ -114,7 +114,7 @@ def save(picture: Figure, path: Path) -> None:
         picture.savefig(path, dpi=120)
     except OSError as error:
         raise SystemExit(f"--out is {path}: {error.strerror}") from error
-    except ValueError as error:  # no kind of picture that matplotlib knows
+    except (ValueError, RuntimeError) as error:  # no kind that matplotlib knows, or lacks the program for
         raise SystemExit(f"--out is {path}: {error}") from error
 
 
@@ -203,9 +203,9 @@ def chunks(lengths: list[int], level: int) -> str:
     pages = [schedule.num_pages(length) for length in lengths]
     sizes = [chunk_pages(n, level) for n in pages]
     least, most = min(sizes), max(sizes)
-    each = f"{least} to {most}" if least < most else most
+    each = f"{least} to {most} pages" if least < most else count(most, "page")
     total = sum(num_chunks(n, level) for n in pages)
-    return f"{count(total, 'chunk')} of {each} pages, by their sequence's length; all cuts lie between chunks"
+    return f"{count(total, 'chunk')} of {each}, by their sequence's length; all cuts lie between chunks"
 
 
 def draw(work: list[list[Split]], lengths: list[int]) -> Figure:

@@ -11,7 +11,7 @@ from .checks import PLUGINS, Check
 from .environment import VLLM, commit, gpus, installed_version
 
 HIDDEN = "(hidden)"
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|_IP$|HOST", re.IGNORECASE)
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|_IP$|HOST(?!TYPE)", re.IGNORECASE)
 SECRET_TEXT = re.compile(
     r"\bhf_[a-zA-Z0-9]{16,}|\bsk-[\w-]{8,}|\b(?:ghp|gho|ghs|github_pat)_\w{8,}|(?<=://)[^/\s@]+(?=@)"
 )

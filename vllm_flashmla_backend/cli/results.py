@@ -91,6 +91,19 @@ def show_tables(
 ) -> tuple[dict, Console]:
     """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
     results, console = results_in(path, read), console_for_tables()
-    console.print(summary(results))
+    try:
+        shown = summary(results)
+    except KeyError as lacking:
+        raise SystemExit(f"{path}: {lacking} is missing; expected a whole results file") from lacking
+    console.print(shown)
     console.print(f"results: {path}", soft_wrap=True)
     return results, console
+
+
+def show_pictures(console: Console, draw: Callable[[], Iterable[Path]]) -> None:
+    """Draw a results file's pictures and say where they are, or exit with the reason."""
+    try:
+        for picture in draw():
+            console.print(f"plot: {picture}", soft_wrap=True)
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: the picture cannot be written: {error.strerror}") from error

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -24,14 +25,15 @@ from .results import gpu_monitor, version_of
 
 if TYPE_CHECKING:
     from ..serving import Server
-    from ..soak.load import Load
-    from ..soak.watch import Sample
+    from ..soak.load import Load, Outcome
+    from ..soak.watch import Sample, Watched
 
 HELP = "serve a model and put it under load: bursts, aborts, all lengths; answers checked, memory watched"
 
 NAME = "soak"
 SAMPLE_SECONDS, LINE_SECONDS = 1.0, 10.0
 HEALTH_SECONDS = 10.0
+MOST_AT_ONCE = 10_000  # more clients than one machine has ports for, in a few seconds
 QUIET_SECONDS = 30.0  # for the server to notice that the last client has gone
 CACHE = "64M"  # 28,000 tokens of the recall model: a burst needs many times as much
 
@@ -84,13 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Put the server under load and show the figures; 0 if nothing was lost, wrong, or grew."""
-    from ..soak.report import faults, figures, table
+    from ..soak.report import figures
+    from ..soak.watch import Watched
 
     check(args)
-    console = Console()
-    with server_of(args) as server:
-        load, samples, left_running = asyncio.run(drive(args, server, console))
-    made = figures(load.outcomes, samples, left_running)
+    console, outcomes, watched = Console(), [], Watched()
+    try:
+        with server_of(args) as server:
+            asyncio.run(drive(args, server, outcomes, watched, console))
+    except (KeyboardInterrupt, SystemExit):
+        if outcomes:
+            show(args, figures(outcomes, watched, cut_off=True), console)
+        raise
+    return show(args, figures(outcomes, watched), console)
+
+
+def show(args: argparse.Namespace, made: dict, console: Console) -> int:
+    """Print the figures of a run and write them to `--out`; 0 if it passed."""
+    from ..soak.report import faults, table
+
     console.print(table(made))
     wrong = list(faults(made, args.scored))
     for fault in wrong:
@@ -107,18 +121,30 @@ def check(args: argparse.Namespace) -> None:
     """SystemExit where an option is out of range."""
     require(
         ("--seconds", args.seconds, 1),
-        ("--rate", args.rate, 0.01),
-        ("--burst", args.burst, 0),
+        ("--rate", args.rate, 0.01, MOST_AT_ONCE),
+        ("--burst", args.burst, 0, MOST_AT_ONCE),
         ("--burst-every", args.burst_every, 1),
         ("--max-tokens", args.max_tokens, 16),
         ("--abort-share", args.abort_share, 0, 1),
     )
-    if not args.base_url:
+    if args.base_url:
+        require_no_server_options(args)
+    else:
         require_model(args.model)
     if args.out:
         if args.out.is_dir():
             raise SystemExit(f"--out is {args.out}, a directory; expected the name of a file in it")
         require_out(args.out.parent)
+
+
+def require_no_server_options(args: argparse.Namespace) -> None:
+    """SystemExit where options are given that only a server of our own would heed."""
+    given = [*args.options, *(["--model"] if args.model != RECALL else [])]
+    if given:
+        raise SystemExit(
+            f"{' '.join(given)}: for a server that is started here, where --base-url names one that runs; "
+            "expected one or the other"
+        )
 
 
 @contextlib.contextmanager
@@ -136,7 +162,11 @@ def server_of(args: argparse.Namespace) -> Iterator[Server]:
         options += ["--enforce-eager"]  # compiling takes a CPU minutes
         # oneDNN keeps a compiled product for each number of tokens, up to 1,024: it would pass for a leak
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
-    with serve(args.model, *options, *args.options, name=args.name) as server:
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(serve(args.model, *options, *args.options, name=args.name))
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
         yield server
 
 
@@ -152,44 +182,47 @@ def check_health(server: Server) -> None:
 
 
 async def drive(
-    args: argparse.Namespace, server: Server, console: Console
-) -> tuple[Load, list[Sample], int | None]:
-    """The load, what was seen of the server meanwhile, and how many requests it kept at the end."""
+    args: argparse.Namespace, server: Server, outcomes: list[Outcome], watched: Watched, console: Console
+) -> None:
+    """Run the load and watch the server; fills `outcomes` and `watched` as they come."""
     import openai
 
     from ..soak.asks import arrivals, make_asks
     from ..soak.load import Load
 
     client = openai.AsyncOpenAI(**server.client_options(), timeout=600)
-    load = Load(client, args.name)
+    load = Load(client, args.name, outcomes)
     times = arrivals(args.seed, args.seconds, args.rate, args.burst, args.burst_every)
     endless = make_asks(args.seed, args.max_tokens, args.abort_share, args.scored)
     asks = list(islice(endless, len(times)))  # all made before, so that the load waits for none
-    samples: list[Sample] = []
-    watching = asyncio.create_task(watch(server, load, samples, console))
+    watching = asyncio.create_task(watch(server, load, watched, console))
     async with client:
         await load.run(asks, times)
     watching.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
-    return load, samples, await asyncio.to_thread(wait_until_quiet, server)
+    watched.left_running = await asyncio.to_thread(wait_until_quiet, server)
 
 
-async def watch(server: Server, load: Load, samples: list[Sample], console: Console) -> None:
+async def watch(server: Server, load: Load, watched: Watched, console: Console) -> None:
     """Take a sample every second, and print a line every ten."""
     from ..soak.watch import sample
 
     start = last_line = time.monotonic()
-    read_gpu = gpu_memory()
+    read_gpu = gpu_memory(server)
     while True:
         await asyncio.sleep(SAMPLE_SECONDS)
         try:
-            samples.append(await asyncio.to_thread(sample, server, read_gpu))
-        except ConnectionError as error:
-            return console.print(f"{error}", markup=False)
+            watched.samples.append(await asyncio.to_thread(sample, server, read_gpu))
+        except Exception as error:  # of whatever kind: one sample that fails must not end the load
+            watched.missed += 1
+            if watched.missed == 1:
+                console.print(f"a sample of the server is missed: {error}", markup=False, soft_wrap=True)
+            continue
         if time.monotonic() - last_line >= LINE_SECONDS:
             last_line = time.monotonic()
-            console.print(line(last_line - start, load, samples[-1]), soft_wrap=True, highlight=False)
+            words = line(last_line - start, load, watched.samples[-1])
+            console.print(words, soft_wrap=True, highlight=False)
 
 
 def line(seconds: float, load: Load, sample: Sample) -> str:
@@ -208,20 +241,22 @@ def line(seconds: float, load: Load, sample: Sample) -> str:
     )
 
 
-def gpu_memory() -> Callable[[], int | None]:
-    """What reads the bytes in use on the GPU; gives None where there is none."""
-    monitor = gpu_monitor()
+def gpu_memory(server: Server) -> Callable[[], int | None]:
+    """What reads the bytes in use on the server's GPU; gives None where there is none, or none to be seen."""
+    is_here = urllib.parse.urlsplit(server.url).hostname in ("127.0.0.1", "localhost", "::1")
+    monitor = gpu_monitor() if is_here else None
     return monitor.memory_bytes if monitor else lambda: None
 
 
 def wait_until_quiet(server: Server) -> int | None:
-    """Requests that the server still has when it has been given time to end them; None if it is gone."""
+    """Requests that the server has left when it was given time to end them; None if it does not say."""
+    from ..soak.watch import RUNNING, WAITING
+
     deadline = time.monotonic() + QUIET_SECONDS
     while True:
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
         try:
-            left = int(sum(server.metric(name) for name in names))
-        except OSError:
+            left = int(sum(server.metrics(RUNNING, WAITING)))
+        except ConnectionError:
             return None
         if not left or time.monotonic() > deadline:
             return left
@@ -233,6 +268,9 @@ def settings(args: argparse.Namespace) -> dict:
     import torch
 
     asked = ("seconds", "rate", "burst", "burst_every", "max_tokens", "abort_share", "seed", "scored")
+    load = {name: getattr(args, name) for name in asked}
+    if args.base_url:  # what it runs on is not known here
+        return {"base_url": args.base_url, "model": args.name} | load
     return {
         "device": describe(device()),
         "torch": torch.__version__,
@@ -240,4 +278,4 @@ def settings(args: argparse.Namespace) -> dict:
         "commit": commit(),
         "model": args.model.name,
         "options": args.options,
-    } | {name: getattr(args, name) for name in asked}
+    } | load

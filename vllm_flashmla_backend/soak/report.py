@@ -10,19 +10,15 @@ from rich.table import Table
 
 from ..words import count
 from .load import Outcome
-from .watch import Sample, growth
+from .watch import Watched, growth
 
 LEAST_RIGHT = 0.99
 MOST_ERRORS = 20  # how many different ones are kept, each with how often it came
 
 
-def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running: int | None) -> dict:
-    """The figures of a run, as they stand in its JSON file; times in milliseconds, memory in bytes.
-
-    Parameters
-    ----------
-    left_running : requests that the server still had when all clients had gone; None if it does not say.
-    """
+def figures(outcomes: Sequence[Outcome], watched: Watched, cut_off: bool = False) -> dict:
+    """The figures of a run, as they stand in its JSON file; times in milliseconds, memory in bytes."""
+    samples = watched.samples
     ended = [outcome.ended for outcome in outcomes]
     completed = [outcome for outcome in outcomes if outcome.ended == "completed"]
     scored = [outcome.right for outcome in completed if outcome.right is not None]
@@ -37,7 +33,7 @@ def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running
         "aborted": ended.count("aborted"),
         "failed": ended.count("failed"),
         "lost": ended.count(None),
-        "left_running": left_running,
+        "left_running": watched.left_running,
         "prompt_tokens": sum(outcome.ask.num_tokens for outcome in completed),
         "tokens": sum(outcome.tokens for outcome in completed),
         "answers": len(scored),
@@ -47,8 +43,11 @@ def figures(outcomes: Sequence[Outcome], samples: Sequence[Sample], left_running
         "most_running": max((sample.running for sample in samples), default=0),
         "most_waiting": max((sample.waiting for sample in samples), default=0),
         "preemptions": samples[-1].preemptions if samples else 0,
+        "samples": len(samples),
+        "samples_missed": watched.missed,
         "memory": {name: vars(value) | {"flat": value.flat} for name, value in grown.items() if value},
         "errors": dict(errors.most_common(MOST_ERRORS)),
+        "cut_off": cut_off,
     }
 
 
@@ -67,11 +66,16 @@ def faults(run: dict, scored: bool) -> Iterator[str]:
     run : its figures.
     scored : whether answers were to be held against what is right.
     """
+    if run["cut_off"]:
+        yield "cut off before its end: what still ran counts as lost"
     for name in ("lost", "failed", "left_running"):
         if run[name]:
             yield f"{count(run[name], 'request')} {name.replace('_', ' ')}"
-    if run["left_running"] is None:
-        yield "the server no longer answers"
+    if run["left_running"] is None and not run["cut_off"]:
+        yield "the server does not say whether requests are left running"
+    if run["samples_missed"] > run["samples"]:
+        asked = run["samples"] + run["samples_missed"]
+        yield f"the server was seen {count(run['samples'], 'time')} of {asked}: its memory is not known"
     if scored and not run["answers"]:
         yield "no answer was scored"
     if scored and run["right"] < LEAST_RIGHT * run["answers"]:

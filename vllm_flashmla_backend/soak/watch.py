@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import psutil
 
 from ..serving import Server
+
+RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
+PREEMPTIONS = "vllm:num_preemptions_total"
 
 WARM_UP_SECONDS = 60.0
 """In which memory may grow: caches fill, kernels load, allocators find their size."""
@@ -32,28 +35,31 @@ class Sample:
     preemptions: int
 
 
+@dataclass
+class Watched:
+    """What was seen of a server while the load ran.
+
+    Attributes
+    ----------
+    missed : samples that could not be taken.
+    left_running : requests that it still had when all clients had gone; None where it did not say.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    missed: int = 0
+    left_running: int | None = None
+
+
 def sample(server: Server, gpu_memory: Callable[[], int | None]) -> Sample:
     """Take a sample. `gpu_memory()` gives the bytes in use on the GPU, or None.
 
     Raises
     ------
-    ConnectionError : the server no longer answers.
+    ConnectionError, psutil.Error : the server gives no metrics; its process is gone.
     """
-    try:
-        return _sample(server, gpu_memory)
-    except (OSError, psutil.NoSuchProcess) as error:
-        raise ConnectionError(f"the server no longer answers: {error}") from error
-
-
-def _sample(server: Server, gpu_memory: Callable[[], int | None]) -> Sample:
-    return Sample(
-        at=time.monotonic(),
-        host=resident_bytes(server.pid) if server.pid else None,
-        gpu=gpu_memory(),
-        running=int(server.metric("vllm:num_requests_running")),
-        waiting=int(server.metric("vllm:num_requests_waiting")),
-        preemptions=int(server.metric("vllm:num_preemptions_total")),
-    )
+    host = resident_bytes(server.pid) if server.pid else None
+    running, waiting, preemptions = map(int, server.metrics(RUNNING, WAITING, PREEMPTIONS))
+    return Sample(time.monotonic(), host, gpu_memory(), running, waiting, preemptions)
 
 
 def resident_bytes(pid: int) -> int:
