@@ -107,6 +107,9 @@ def test_file_that_lacks_a_key_is_named_with_it(tmp_path):
     path.write_text(json.dumps({"ceilings": {}, "rows": [{}]}))
     with pytest.raises(SystemExit, match=f"{path}: 'b' is missing; expected a whole results file"):
         main(["bench", "--plot", str(path)])
+    path.write_text(json.dumps({"ceilings": {}, "rows": [1]}))
+    with pytest.raises(SystemExit, match=f"{path}: expected a results file"):
+        main(["bench", "--plot", str(path)])
 
 
 def test_picture_that_cannot_be_written_is_named(tmp_path):

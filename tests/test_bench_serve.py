@@ -217,13 +217,14 @@ def test_runs_join_where_machine_versions_model_commit_and_options_are_the_same(
 
 
 def test_failures_of_other_backends_outlast_a_run_that_joins(tmp_path, monkeypatch):
-    failures = [{"backend": name, "error": "boom", "log": ""} for name in ("ours", "FLASHMLA")]
+    of = [("ours", 16), ("FLASHMLA", 16), ("FLASHMLA", 128)]
+    failures = [{"backend": name, "heads": [heads], "error": "boom", "log": ""} for name, heads in of]
     report.save(results(row("ours", 1.0), failures=failures), tmp_path / "nvidia-h200-2000-01-01-serve.json")
     monkeypatch.setattr(bench_serve, "describe_run", lambda *_: dict(HEAD))
     monkeypatch.setattr(serve, "model_shape", lambda *_: HEAD["model"])
-    args = argparse.Namespace(out=tmp_path, model=None, layers=16)
+    args = argparse.Namespace(out=tmp_path, model=None, layers=16, heads=(16,))
     joined, _ = bench_serve.begin(args, [job(backend="FLASHMLA")])
-    assert joined["failures"] == failures[:1]
+    assert joined["failures"] == [failures[0], failures[2]]
 
 
 def test_names_and_numbers_given_twice_are_measured_once():

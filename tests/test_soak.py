@@ -179,6 +179,37 @@ def test_failure_says_what_it_came_from():
     assert outcome.error == "ConnectionError: Connection error. (from OSError: reset by peer)"
 
 
+def test_interrupt_leaves_requests_that_run_lost_not_failed():
+    stream = Stream(chunk("kano"), ...)
+
+    async def create(**_):
+        return stream
+
+    made = Load(SimpleNamespace(completions=SimpleNamespace(create=create)), "recall")
+
+    async def run() -> None:
+        running = asyncio.create_task(made.run([RECALL], [0.0]))
+        while not made.outcomes or made.outcomes[0].first is None:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert stream.closed  # before the client is
+
+    asyncio.run(run())
+    assert [outcome.ended for outcome in made.outcomes] == [None]
+
+
+def test_one_missed_answer_at_the_end_is_asked_for_again():
+    answers = iter([ConnectionError("busy"), [1, 0], [0, 0]])
+
+    def metrics(*_) -> list[float]:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    assert cli_soak.wait_until_quiet(SimpleNamespace(metrics=metrics)) == 0
+
+
 def test_request_without_end_is_lost(monkeypatch):
     monkeypatch.setattr(load, "DRAIN_SECONDS", 0.1)
     stream = Stream(chunk("kano"), ...)
@@ -290,7 +321,7 @@ def test_sample_that_fails_is_counted_and_the_next_one_taken(monkeypatch):
     async def run() -> None:
         load = Load(None, "")
         watching = asyncio.create_task(cli_soak.watch(Server("http://nowhere"), load, watched, console))
-        while len(watched.samples) < 3:
+        while len(watched.samples) < 3 and not watching.done():
             await asyncio.sleep(0.01)
         watching.cancel()
 
@@ -298,14 +329,15 @@ def test_sample_that_fails_is_counted_and_the_next_one_taken(monkeypatch):
     assert len(watched.samples) == 3 and watched.missed >= 1
 
 
-def test_run_that_is_cut_off_leaves_its_figures(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [SystemExit(143), RuntimeError("a fault of its own")])
+def test_run_that_is_cut_off_leaves_its_figures(end, tmp_path, monkeypatch):
     async def drive(args, server, outcomes, *_) -> None:
         outcomes.append(Outcome(RECALL, 0.0))
-        raise SystemExit(143)
+        raise end
 
     monkeypatch.setattr(cli_soak, "drive", drive)
     monkeypatch.setattr(cli_soak, "check_health", lambda server: None)
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(type(end)):
         main(["soak", "--base-url", "http://nowhere", "--name", "kimi", "--out", str(tmp_path / "soak.json")])
     made = json.loads((tmp_path / "soak.json").read_text())
     assert (made["cut_off"], made["requests"], made["lost"]) == (True, 1, 1)

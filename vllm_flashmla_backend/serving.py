@@ -43,7 +43,7 @@ class Server:
 
         Raises
         ------
-        ConnectionError : it does not answer, or not with metrics.
+        ConnectionError : it does not answer.
         """
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
@@ -116,7 +116,7 @@ def _no_proxy(host: str) -> Iterator[None]:
 
 
 def _wait_until_ready(url: str, name: str, process: subprocess.Popen, log: IO[str]) -> None:
-    """Until this very server answers: another may have got its port, and would not know its model."""
+    """Until the server answers and knows its model, as another may have got its port."""
     deadline = time.monotonic() + START_SECONDS
     why = ""
     while time.monotonic() < deadline:
@@ -127,8 +127,9 @@ def _wait_until_ready(url: str, name: str, process: subprocess.Popen, log: IO[st
             with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
                 if name in [model["id"] for model in json.load(answer)["data"]]:
                     return
-            why = f"did not take its port: another server answers at {url}"
-        except (OSError, HTTPException, ValueError, KeyError) as error:
+            why = f"did not take its port, or has another name: at {url} is no model {name}"
+            break
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             why = f"did not answer in {START_SECONDS} s: {error}"
         time.sleep(1)
     log.seek(0)

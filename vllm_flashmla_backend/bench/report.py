@@ -121,6 +121,8 @@ def read(path: Path, head: str = "ceilings") -> dict:
         reason = error.strerror if isinstance(error, OSError) else "no JSON"  # its words hold the path, too
         raise ValueError(f"{path}: {reason}; expected a results file of vllm-flashmla bench") from error
     kinds = [kind for kind in KINDS if isinstance(results, dict) and {kind, "rows"} <= results.keys()]
+    if kinds and not all(isinstance(row, dict) for row in results["rows"]):
+        kinds = []
     if not kinds:
         raise ValueError(f"{path}: expected a results file of vllm-flashmla bench")
     if head not in kinds:

@@ -128,7 +128,7 @@ def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
                 if kind == "engine":
                     continue
                 if kind == "failure":
-                    results["failures"].append(entry)
+                    results["failures"].append(entry | {"heads": job.heads})
                 else:
                     serve.add(results, kind, entry)
                     progress.advance(bar)
@@ -142,13 +142,17 @@ def measure_all(args: argparse.Namespace, jobs: list[serve.Job]) -> Path:
 def begin(args: argparse.Namespace, jobs: list[serve.Job]) -> tuple[dict, Path]:
     """The results that the run adds to, and their file: an earlier one's where it may join them.
 
-    Failures of the backends that are measured again are left out of it.
+    Failures of what is measured again are left out of it.
     """
     head = describe_run(args, gpu_monitor(), "rounds", "steps", "row_seconds")
     head |= {"model": serve.model_shape(args.model, args.layers)}
     if path := serve.mergeable(args.out, head):
         results, again = report.read(path, head="model"), {job.backend for job in jobs}
-        others = [failure for failure in results["failures"] if failure["backend"] not in again]
+        others = [
+            failure
+            for failure in results.get("failures", ())
+            if failure["backend"] not in again or not set(failure.get("heads", ())) <= set(args.heads)
+        ]
         return results | {"failures": others}, path
     path = unused_path(args.out, head["gpu"] or "cpu", head["date"], "-serve")
     return head | {"rows": [], "skipped": [], "failures": []}, path

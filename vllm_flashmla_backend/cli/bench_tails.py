@@ -13,7 +13,16 @@ from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
 from ..words import count
 from .options import numbers, require, require_cpu_cache, require_heads, require_model, require_out
-from .results import describe_run, failed, gpu_monitor, require_rows, results_in, show_tables, unused_path
+from .results import (
+    describe_run,
+    failed,
+    gpu_monitor,
+    rendered,
+    require_rows,
+    results_in,
+    show_tables,
+    unused_path,
+)
 
 ON_A_CPU = "--tails --layers 1 --heads 16 --cached 128 --lengths 1,8 --repeat 2"
 
@@ -109,7 +118,7 @@ def show(path: Path, as_markdown: bool) -> int:
     read = partial(report.read, head="tails_model")
     if as_markdown:
         results = results_in(path, read)
-        print(tails_report.markdown(results), end="")
+        print(rendered(path, tails_report.markdown, results), end="")
         print(f"results: {path}", file=sys.stderr)
     else:
         results, _ = show_tables(path, read, tails_report.summary)

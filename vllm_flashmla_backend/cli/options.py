@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def require(*options: tuple[str, float, float] | tuple[str, float, float, float]
     """SystemExit where an option's value is below its least, or above its most if it has one:
     (name, value, least, most)."""
     for name, value, least, *most in options:
-        if not (math.isfinite(value) and least <= value <= (most[0] if most else value)):
+        if not least <= value <= (most[0] if most else sys.float_info.max):  # nor is NaN
             wanted = f"{_words(least)} to {_words(most[0])}" if most else f"at least {_words(least)}"
             raise SystemExit(f"{name} is {_words(value)}, expected {wanted}")
 
@@ -49,6 +49,8 @@ def require_model(path: Path, keys: Sequence[str] = ()) -> None:
         config = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise SystemExit(f"--model is {path}, whose config.json is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SystemExit(f"--model is {path}, whose config.json holds no object")
     if lacking := [key for key in keys if key not in config]:
         raise SystemExit(
             f"--model is {path}, whose config.json lacks {', '.join(lacking)}; expected a model with MLA"

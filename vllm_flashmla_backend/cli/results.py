@@ -86,16 +86,20 @@ def console_for_tables() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
+def rendered(path: Path, make: Callable[[dict], RenderableType], results: dict) -> RenderableType:
+    """What `make` makes of the results in `path`, or SystemExit where the file lacks something."""
+    try:
+        return make(results)
+    except KeyError as lacking:
+        raise SystemExit(f"{path}: {lacking} is missing; expected a whole results file") from lacking
+
+
 def show_tables(
     path: Path, read: Callable[[Path], dict], summary: Callable[[dict], RenderableType]
 ) -> tuple[dict, Console]:
     """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
     results, console = results_in(path, read), console_for_tables()
-    try:
-        shown = summary(results)
-    except KeyError as lacking:
-        raise SystemExit(f"{path}: {lacking} is missing; expected a whole results file") from lacking
-    console.print(shown)
+    console.print(rendered(path, summary, results))
     console.print(f"results: {path}", soft_wrap=True)
     return results, console
 

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with server_of(args) as server:
             asyncio.run(drive(args, server, outcomes, watched, console))
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:
         if outcomes:
             show(args, figures(outcomes, watched, cut_off=True), console)
         raise
@@ -105,14 +105,15 @@ def show(args: argparse.Namespace, made: dict, console: Console) -> int:
     """Print the figures of a run and write them to `--out`; 0 if it passed."""
     from ..soak.report import faults, table
 
-    console.print(table(made))
     wrong = list(faults(made, args.scored))
+    if args.out:
+        args.out.write_text(json.dumps(settings(args) | made | {"faults": wrong}, indent=1) + "\n")
+    console.print(table(made))
     for fault in wrong:
         console.print(fault, style="red", markup=False)
     for error, times in made["errors"].items():
         console.print(f"{times:,} × {error}", markup=False, soft_wrap=True)
     if args.out:
-        args.out.write_text(json.dumps(settings(args) | made | {"faults": wrong}, indent=1) + "\n")
         console.print(f"figures: {args.out}", soft_wrap=True)
     return 1 if wrong else 0
 
@@ -257,8 +258,8 @@ def wait_until_quiet(server: Server) -> int | None:
         try:
             left = int(sum(server.metrics(RUNNING, WAITING)))
         except ConnectionError:
-            return None
-        if not left or time.monotonic() > deadline:
+            left = None
+        if left == 0 or time.monotonic() > deadline:
             return left
         time.sleep(0.5)
 

@@ -98,7 +98,7 @@ def check_strides(name: str, tensor: torch.Tensor) -> None:
             fail(name, f"strides {tensor.stride()}", "multiples of 8 elements: data moves 16 bytes at a time")
 
 
-def check_places(name: str, tensor: torch.Tensor) -> None:
+def check_not_expanded(name: str, tensor: torch.Tensor) -> None:
     """A place of its own for every value that is written, which an expanded tensor does not have."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         fail(name, f"strides {tensor.stride()}", "none of 0, for each value needs a place of its own")

@@ -19,8 +19,8 @@ from .checks import (
     check_cache,
     check_last_dimension,
     check_like,
+    check_not_expanded,
     check_not_served,
-    check_places,
     check_plan_buffers,
     check_query,
     check_query_lengths,
@@ -215,13 +215,13 @@ def _results(
     else:
         check_like("out", out, q_nope.shape, q_nope.dtype, q_nope.device)
         check_strides("out", out)
-        check_places("out", out)
+        check_not_expanded("out", out)
     if lse is None:
         lse = q_nope.new_empty(lse_shape, dtype=torch.float32)
     else:
         check_like("lse", lse, lse_shape, torch.float32, q_nope.device)
         check_last_dimension("lse", lse)
-        check_places("lse", lse)
+        check_not_expanded("lse", lse)
     return out, lse
 
 

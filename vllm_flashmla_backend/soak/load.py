@@ -64,14 +64,16 @@ class Load:
         """Send each request at its time, in seconds from now, and wait until all have ended or are lost."""
         start = time.monotonic()
         tasks = []
-        for at, ask in zip(times, asks, strict=True):
-            await asyncio.sleep(max(0.0, start + at - time.monotonic()))
-            tasks.append(asyncio.create_task(self._send(ask)))
-        if tasks:
-            _, lost = await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
-            for task in lost:
+        try:
+            for at, ask in zip(times, asks, strict=True):
+                await asyncio.sleep(max(0.0, start + at - time.monotonic()))
+                tasks.append(asyncio.create_task(self._send(ask)))
+            if tasks:
+                await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
+        finally:  # while the client is still open: what it closes under a request would pass for a failure
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*lost, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def count(self, holds: Callable[[Outcome], bool]) -> int:
         return sum(map(holds, self.outcomes))
