@@ -227,19 +227,6 @@ def test_failures_of_other_backends_outlast_a_run_that_joins(tmp_path, monkeypat
     assert joined["failures"] == [failures[0], failures[2]]
 
 
-def test_names_and_numbers_given_twice_are_measured_once():
-    assert bench_serve.chosen_backends("ours,ours") == ["ours"]
-    assert numbers("8,16,8") == (8, 16)
-
-
-@pytest.mark.parametrize("config, why", [("{}", "lacks hidden_size"), ("{", "is no JSON")])
-@pytest.mark.parametrize("kind", ["--serve", "--tails"])
-def test_model_without_mla_is_refused(kind, config, why, tmp_path):
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(SystemExit, match=f"--model is {tmp_path}, whose config.json {why}"):
-        main(["bench", kind, "--model", str(tmp_path)])
-
-
 def test_more_layers_than_a_cpu_has_room_for_leave_no_token():
     assert serve.cpu_cache_tokens(1000) == 0
 

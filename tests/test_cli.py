@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_flashmla_backend.cli import main, plan
+from vllm_flashmla_backend.cli import bench_serve, main, plan
+from vllm_flashmla_backend.cli.options import numbers
 
 
 def fail_with(monkeypatch, error: BaseException) -> None:
@@ -47,3 +48,16 @@ def test_option_that_is_no_number_says_what_is_expected(command, message, capsys
     with pytest.raises(SystemExit):
         main(command)
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_names_and_numbers_given_twice_are_measured_once():
+    assert bench_serve.chosen_backends("ours,ours") == ["ours"]
+    assert numbers("8,16,8") == (8, 16)
+
+
+@pytest.mark.parametrize("config, why", [("{}", "lacks hidden_size"), ("{", "is no JSON")])
+@pytest.mark.parametrize("kind", ["--serve", "--tails"])
+def test_model_without_mla_is_refused(kind, config, why, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match=f"--model is {tmp_path}, whose config.json {why}"):
+        main(["bench", kind, "--model", str(tmp_path)])

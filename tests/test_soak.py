@@ -9,6 +9,7 @@ import re
 from functools import cache
 from itertools import islice
 from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
 
 import openai
 import pytest
@@ -96,14 +97,14 @@ class Stream:
             yield piece
 
 
+def load_on(stream: Stream) -> Load:
+    """A load on a client that answers with `stream`."""
+    return Load(SimpleNamespace(completions=SimpleNamespace(create=AsyncMock(return_value=stream))), "recall")
+
+
 def outcome_of(ask: Ask, stream: Stream) -> Outcome:
     """Send one request to a client that answers with `stream`."""
-
-    async def create(**_):
-        return stream
-
-    client = SimpleNamespace(completions=SimpleNamespace(create=create))
-    made = Load(client, "recall")
+    made = load_on(stream)
     asyncio.run(made.run([ask], [0.0]))
     (outcome,) = made.outcomes
     return outcome
@@ -181,11 +182,7 @@ def test_failure_says_what_it_came_from():
 
 def test_interrupt_leaves_requests_that_run_lost_not_failed():
     stream = Stream(chunk("kano"), ...)
-
-    async def create(**_):
-        return stream
-
-    made = Load(SimpleNamespace(completions=SimpleNamespace(create=create)), "recall")
+    made = load_on(stream)
 
     async def run() -> None:
         running = asyncio.create_task(made.run([RECALL], [0.0]))
@@ -200,14 +197,9 @@ def test_interrupt_leaves_requests_that_run_lost_not_failed():
 
 
 def test_one_missed_answer_at_the_end_is_asked_for_again():
-    answers = iter([ConnectionError("busy"), [1, 0], [0, 0]])
-
-    def metrics(*_) -> list[float]:
-        if isinstance(answer := next(answers), Exception):
-            raise answer
-        return answer
-
-    assert cli_soak.wait_until_quiet(SimpleNamespace(metrics=metrics)) == 0
+    server = Mock()
+    server.metrics.side_effect = [ConnectionError("busy"), [1, 0], [0, 0]]
+    assert cli_soak.wait_until_quiet(server) == 0
 
 
 def test_request_without_end_is_lost(monkeypatch):
@@ -307,14 +299,8 @@ def test_server_that_is_gone_gives_no_metrics():
 
 def test_sample_that_fails_is_counted_and_the_next_one_taken(monkeypatch):
     sample = Sample(0.0, None, None, 1, 1, 1)
-    taken = iter([sample, ValueError("half an answer"), sample, sample])
-
-    def take(*_) -> Sample:
-        if isinstance(made := next(taken), Exception):
-            raise made
-        return made
-
-    monkeypatch.setattr(watch, "sample", take)
+    taken = [sample, ValueError("half an answer"), sample, sample]
+    monkeypatch.setattr(watch, "sample", Mock(side_effect=taken))
     monkeypatch.setattr(cli_soak, "SAMPLE_SECONDS", 0.001)
     watched, console = Watched(), Console(quiet=True)
 

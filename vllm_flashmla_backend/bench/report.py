@@ -120,9 +120,9 @@ def read(path: Path, head: str = "ceilings") -> dict:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no JSON"  # its words hold the path, too
         raise ValueError(f"{path}: {reason}; expected a results file of vllm-flashmla bench") from error
-    kinds = [kind for kind in KINDS if isinstance(results, dict) and {kind, "rows"} <= results.keys()]
-    if kinds and not all(isinstance(row, dict) for row in results["rows"]):
-        kinds = []
+    rows = results.get("rows") if isinstance(results, dict) else None
+    has_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    kinds = [kind for kind in KINDS if has_rows and kind in results]
     if not kinds:
         raise ValueError(f"{path}: expected a results file of vllm-flashmla bench")
     if head not in kinds:
@@ -130,7 +130,7 @@ def read(path: Path, head: str = "ceilings") -> dict:
         remedies = [f"add {right}"] * bool(right) + [f"leave out {asked}"] * bool(asked)
         command = f"bench {right}".strip()
         raise ValueError(f"{path}: a file of `{command}`; {' and '.join(remedies)}")
-    if not results["rows"]:
+    if not rows:
         raise ValueError(f"{path}: got no rows, expected at least one measured case")
     return results
 

@@ -180,6 +180,17 @@ def add(results: dict, name: str, entry: dict) -> None:
     results[name].sort(key=lambda row: key(row)[:3])
 
 
+def other_failures(results: dict, jobs: list[Job]) -> list[dict]:
+    """The failures in the results but those of which these jobs measure all again."""
+    heads = {job.backend: job.heads for job in jobs}
+    return [
+        failure
+        for failure in results.get("failures", ())
+        if failure["backend"] not in heads
+        or not set(failure.get("heads", ())) <= set(heads[failure["backend"]])
+    ]
+
+
 def mergeable(directory: Path, head: dict) -> Path | None:
     """The file in `directory` that this run's rows may join, the last by name: all of `SAME` is the same.
 

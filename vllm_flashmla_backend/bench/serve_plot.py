@@ -20,11 +20,11 @@ GAP = 1.6  # where its gap is, below the bar's number
 GAP_EXPLAINED = "\na bar with a gap goes on, to the number in it"
 
 
-def draw(results: dict, path: Path) -> Path:
-    """Draw the decode steps of whole vLLM that are in `path` next to it; the path of the PNG file."""
+def draw(results: dict, path: Path) -> list[Path]:
+    """Draw the decode steps of whole vLLM that are in `path` next to it; the path of the PNG file, alone."""
     picture = path.with_suffix(".png")
     step_bars(results).savefig(picture, dpi=130)
-    return picture
+    return [picture]
 
 
 def step_bars(results: dict) -> Figure:

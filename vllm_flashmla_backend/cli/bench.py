@@ -16,7 +16,7 @@ from ..bench.cases import ROWS, Case
 from ..words import count
 from . import bench_serve, bench_tails
 from .environment import device
-from .options import require, require_out
+from .options import names, require, require_out
 from .results import describe_run, require_rows, show_pictures, show_tables, unused_path
 
 HELP = "time our kernels against FlashMLA, FlashAttention-3, FlashInfer and Triton, and draw the results"
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         return bench_serve.run(args)
     if args.tails:
         return bench_tails.run(args)
-    peers = [name for name in args.peers.split(",") if name]
+    peers = names(args.peers)
     if unknown := set(peers) - set(PEERS):
         raise SystemExit(f"--peers has {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")
     require(("--repeat", args.repeat, 1), ("--build-limit", args.build_limit, 1))
@@ -196,6 +196,6 @@ def show(path: Path, with_plots: bool) -> int:
     if with_plots:
         from ..bench.plots import draw
 
-        show_pictures(console, lambda: draw(results, path))
+        show_pictures(console, draw, results, path)
     failed = any(failure["peer"] == report.OURS for failure in results.get("failures", ()))
     return 0 if not failed and all(comparison.ours for comparison in report.compare(results)) else 1

@@ -13,7 +13,7 @@ from ..bench import report, serve, serve_report
 from ..bench.serve import BATCHES, CONTEXTS, HEADS, MODEL, PEERS
 from ..words import count
 from .environment import device
-from .options import numbers, require, require_cpu_cache, require_heads, require_model, require_out
+from .options import names, numbers, require, require_cpu_cache, require_heads, require_model, require_out
 from .results import describe_run, failed, gpu_monitor, require_rows, show_pictures, show_tables, unused_path
 
 ON_A_CPU = "--serve --layers 1 --heads 16 --batches 1,4 --contexts 1024 --rounds 2"
@@ -88,10 +88,11 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_backends(words: str | None) -> list[str]:
     possible = (report.OURS, *PEERS[device().type])
-    chosen = list(dict.fromkeys(name for name in words.split(",") if name)) if words else list(possible)
+    chosen = names(words) if words else list(possible)
     if unknown := set(chosen) - set(possible):
-        names = ", ".join(sorted(unknown))
-        raise SystemExit(f"--backends has {names}, expected some of {','.join(possible)}")
+        raise SystemExit(
+            f"--backends has {', '.join(sorted(unknown))}, expected some of {','.join(possible)}"
+        )
     if not chosen:
         raise SystemExit(f"--backends names none, expected some of {','.join(possible)}")
     return chosen
@@ -147,13 +148,8 @@ def begin(args: argparse.Namespace, jobs: list[serve.Job]) -> tuple[dict, Path]:
     head = describe_run(args, gpu_monitor(), "rounds", "steps", "row_seconds")
     head |= {"model": serve.model_shape(args.model, args.layers)}
     if path := serve.mergeable(args.out, head):
-        results, again = report.read(path, head="model"), {job.backend for job in jobs}
-        others = [
-            failure
-            for failure in results.get("failures", ())
-            if failure["backend"] not in again or not set(failure.get("heads", ())) <= set(args.heads)
-        ]
-        return results | {"failures": others}, path
+        results = report.read(path, head="model")
+        return results | {"failures": serve.other_failures(results, jobs)}, path
     path = unused_path(args.out, head["gpu"] or "cpu", head["date"], "-serve")
     return head | {"rows": [], "skipped": [], "failures": []}, path
 
@@ -174,6 +170,6 @@ def show(path: Path, with_plots: bool) -> int:
     if with_plots:
         from ..bench.serve_plot import draw
 
-        show_pictures(console, lambda: [draw(results, path)])
+        show_pictures(console, draw, results, path)
     failed = any(failure["backend"] == report.OURS for failure in results["failures"])
     return 1 if failed else 0

@@ -17,7 +17,6 @@ from .results import (
     describe_run,
     failed,
     gpu_monitor,
-    rendered,
     require_rows,
     results_in,
     show_tables,
@@ -117,8 +116,8 @@ def show(path: Path, as_markdown: bool) -> int:
     """Print a results file's table; 1 if an engine failed."""
     read = partial(report.read, head="tails_model")
     if as_markdown:
-        results = results_in(path, read)
-        print(rendered(path, tails_report.markdown, results), end="")
+        results, table = results_in(path, read, tails_report.markdown)
+        print(table, end="")
         print(f"results: {path}", file=sys.stderr)
     else:
         results, _ = show_tables(path, read, tails_report.summary)

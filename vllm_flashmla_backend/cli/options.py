@@ -79,6 +79,11 @@ def require_cpu_cache(job: Job | TailsJob, options: str, instead: str) -> None:
         )
 
 
+def names(text: str) -> list[str]:
+    """`fa3,flashmla` as names, each once."""
+    return list(dict.fromkeys(name for name in text.split(",") if name))
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """`16,128` as numbers, each once."""
     words = text.split(",")

@@ -72,12 +72,17 @@ def failed(failure: dict) -> str:
     return f"failed; the end of its log:\n{failure['log'][-1500:].rstrip()}\n{failure['error']}"
 
 
-def results_in(path: Path, read: Callable[[Path], dict]) -> dict:
-    """What a results file holds, or SystemExit with the reason."""
+def results_in(
+    path: Path, read: Callable[[Path], dict], make: Callable[[dict], RenderableType]
+) -> tuple[dict, RenderableType]:
+    """What a results file holds and what `make` makes of it, or SystemExit with the reason."""
     try:
-        return read(path)
+        results = read(path)
+        return results, make(results)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    except KeyError as lacking:
+        raise SystemExit(f"{path}: {lacking} is missing; expected a whole results file") from lacking
 
 
 def console_for_tables() -> Console:
@@ -86,28 +91,22 @@ def console_for_tables() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def rendered(path: Path, make: Callable[[dict], RenderableType], results: dict) -> RenderableType:
-    """What `make` makes of the results in `path`, or SystemExit where the file lacks something."""
-    try:
-        return make(results)
-    except KeyError as lacking:
-        raise SystemExit(f"{path}: {lacking} is missing; expected a whole results file") from lacking
-
-
 def show_tables(
     path: Path, read: Callable[[Path], dict], summary: Callable[[dict], RenderableType]
 ) -> tuple[dict, Console]:
     """Print the tables of a results file, or exit with the reason; what it holds, and where it went."""
-    results, console = results_in(path, read), console_for_tables()
-    console.print(rendered(path, summary, results))
+    (results, tables), console = results_in(path, read, summary), console_for_tables()
+    console.print(tables)
     console.print(f"results: {path}", soft_wrap=True)
     return results, console
 
 
-def show_pictures(console: Console, draw: Callable[[], Iterable[Path]]) -> None:
+def show_pictures(
+    console: Console, draw: Callable[[dict, Path], list[Path]], results: dict, path: Path
+) -> None:
     """Draw a results file's pictures and say where they are, or exit with the reason."""
     try:
-        for picture in draw():
+        for picture in draw(results, path):
             console.print(f"plot: {picture}", soft_wrap=True)
     except OSError as error:
         raise SystemExit(f"{error.filename}: the picture cannot be written: {error.strerror}") from error

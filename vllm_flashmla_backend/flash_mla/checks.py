@@ -100,7 +100,8 @@ def check_strides(name: str, tensor: torch.Tensor) -> None:
 
 def check_not_expanded(name: str, tensor: torch.Tensor) -> None:
     """A place of its own for every value that is written, which an expanded tensor does not have."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    strides = tensor.stride()
+    if 0 in strides and any(n > 1 for stride, n in zip(strides, tensor.shape, strict=True) if stride == 0):
         fail(name, f"strides {tensor.stride()}", "none of 0, for each value needs a place of its own")
 
 
