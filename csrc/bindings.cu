@@ -138,7 +138,8 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
                             .num_parts = static_cast<int>(tile_scheduler_metadata.size(0)),
                             .chunk_level = static_cast<int>(chunk_level),
                             .few_rows = rows <= kFewRows,
-                            .full_tiles = ceil_div(rows, ceil_div(rows, kTileRows)) > kFullTile};
+                            .full_tiles = ceil_div(rows, ceil_div(rows, kTileRows)) > kFullTile,
+                            .one_tile = rows <= kTileRows};
     if (chunk_level > 0) {
         launch_plan_chunks(params, current_stream(seq_lens));
     } else {

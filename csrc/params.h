@@ -28,6 +28,11 @@ constexpr unsigned kWholePages = 16;     // WHOLE_PAGES there
 constexpr unsigned kTwoPageSplits = 13;  // TWO_PAGE_SPLITS there
 constexpr unsigned kBusyPercent = 40;    // BUSY_PERCENT there
 constexpr int kFullTile = 48;            // FULL_TILE there
+constexpr unsigned kCutCost = 8;         // CUT_COST there
+constexpr int kFewSequences = 32;        // FEW_SEQUENCES there
+constexpr unsigned kSplitsASpare = 5;    // SPLITS_A_SPARE there
+constexpr unsigned kLongSplits = 8;      // LONG_SPLITS there
+constexpr unsigned kLongSplitsOfTiles = 5;  // LONG_SPLITS_OF_TILES there
 
 enum class DType { kBFloat16, kHalf };
 
@@ -53,6 +58,7 @@ struct PlanParams {
     int chunk_level;  // 0: cut anywhere
     bool few_rows;    // is_few() of layout.py
     bool full_tiles;  // is_full() there
+    bool one_tile;    // no more rows than TILE_ROWS there
 };
 
 // Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.

@@ -13,7 +13,7 @@ from vllm_flashmla_backend.flash_mla.layout import TILE_ROWS
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, plan
 
-MODES = [(128, 0), (PLAIN_ROWS, 0), (16, 0), (16, 1), (128, 2)]  # query rows and chunk_level
+MODES = [(128, 0), (PLAIN_ROWS, 0), (TILE_ROWS, 0), (16, 0), (16, 1), (128, 2)]  # query rows, chunk_level
 
 
 def assert_kernel_plans_the_same(lengths: list[int], parts: int, rows: int, chunk_level: int) -> None:
@@ -75,10 +75,12 @@ def test_planner_kernel_takes_two_pages_where_the_specification_does(lengths, pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch, pages, parts", [(88, 24, 132), (44, 24, 66), (17, 12, 33)])
-def test_planner_kernel_cuts_fewer_sequences_than_parts_that_would_fit_whole(batch, pages, parts):
-    """As the specification does."""
-    assert_kernel_plans_the_same([pages * PAGE_SIZE] * batch, parts, 128, 0)
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize("parts", [16, 66, 132])
+def test_planner_kernel_keeps_equal_sequences_whole_where_the_specification_does(parts, rows):
+    for batch in (parts // 2 + 1, 2 * parts // 3, parts - 2, 3 * parts // 2, 2 * parts - 2):
+        for pages in (12, 16, 24, 32, 64):
+            assert_kernel_plans_the_same([pages * PAGE_SIZE] * batch, parts, rows, 0)
 
 
 @pytest.mark.gpu

@@ -18,10 +18,15 @@ from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
 from vllm_flashmla_backend.flash_mla.layout import (
     BUSY_PERCENT,
+    CUT_COST,
     FEW_PAGES,
     FEW_ROWS,
+    FEW_SEQUENCES,
     FULL_TILE,
+    LONG_SPLITS,
+    LONG_SPLITS_OF_TILES,
     PARTIAL_COST,
+    SPLITS_A_SPARE,
     START_COST,
     TILE_ROWS,
     TWO_PAGE_SPLITS,
@@ -40,13 +45,14 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     splits_of,
 )
 
-ROWS = st.sampled_from([FEW_ROWS, PLAIN_ROWS, TILE_ROWS])
+TWO_TILES = 2 * TILE_ROWS
+ROWS = st.sampled_from([FEW_ROWS, PLAIN_ROWS, TILE_ROWS, TWO_TILES])
 
 
-def shares(lengths: list[int], parts: int) -> list[list[int]]:
+def shares(lengths: list[int], parts: int, rows: int = TWO_TILES) -> list[list[int]]:
     """For each part, the pages of its splits."""
     found = [[] for _ in range(parts)]
-    for split in splits_of(plan(lengths, parts)[0], lengths):
+    for split in splits_of(plan(lengths, parts, 0, rows)[0], lengths):
         found[split.part].append(split.page_end - split.page_begin)
     return found
 
@@ -75,7 +81,7 @@ def least_split_length(lengths: list[int], parts: int) -> float:
     return low
 
 
-def is_cut(lengths: list[int], parts: int, rows: int = TILE_ROWS) -> bool:
+def is_cut(lengths: list[int], parts: int, rows: int = TWO_TILES) -> bool:
     return int(plan(lengths, parts, 0, rows)[1][-1]) > len(lengths)
 
 
@@ -102,8 +108,8 @@ def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts):
     """A split a part costs a partial result less than going on with a sequence and leaving another."""
     cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts)]
     fair, least = fair_share(lengths, parts), least_split_length(lengths, parts)
-    partial_results = (least > fair) + (least > fair + PARTIAL_COST)
-    worst = fair + partial_results * PARTIAL_COST if partial_results else max(least, PARTIAL_COST + 1)
+    a_split_a_part = least <= fair + PARTIAL_COST
+    worst = max(least, PARTIAL_COST + 1) if a_split_a_part else fair + 2 * PARTIAL_COST
     assert max(cost) <= worst + START_COST
 
 
@@ -112,7 +118,7 @@ def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
     if least_split_length(lengths, parts) <= fair_share(lengths, parts) + PARTIAL_COST:
         assert max(map(len, shares(lengths, parts))) == 1
         pages = [[] for _ in lengths]
-        for split in splits_of(plan(lengths, parts)[0], lengths):
+        for split in splits_of(plan(lengths, parts, 0, TWO_TILES)[0], lengths):
             pages[split.seq].append(split.page_end - split.page_begin)
         assert all(max(of_seq) - min(of_seq) <= 1 for of_seq in pages), "cut evenly"
     elif is_cut(lengths, parts):
@@ -122,10 +128,57 @@ def test_a_part_has_one_split_at_most_where_that_costs_no_more(lengths, parts):
 @given(st.integers(1, 300), st.integers(0, 40), PARTS)
 def test_equal_sequences_are_not_cut_where_that_costs_no_more(batch, pages, parts):
     lengths = [pages * PAGE_SIZE] * batch
-    whole = ceil_div(batch, parts) * (START_COST + max(1, pages))
-    if batch > parts and whole <= fair_share(lengths, parts) + START_COST + 2 * PARTIAL_COST:
+    whole, fair = ceil_div(batch, parts) * (START_COST + max(1, pages)), fair_share(lengths, parts)
+    if least_split_length(lengths, parts) > fair + PARTIAL_COST and whole <= fair + CUT_COST:
         assert not is_cut(lengths, parts)
         assert max(map(len, shares(lengths, parts))) == ceil_div(batch, parts)
+
+
+@pytest.mark.parametrize(
+    "batch, pages, parts, rows, cut",
+    [
+        (40, 16, 66, 128, False),  # a share is 12, a whole sequence 19 with its start
+        (44, 24, 66, 128, True),  # 18, 27
+        (96, 32, 132, 64, False),  # 26, 35: with one tile it may be a quarter more
+        (76, 32, 132, 64, True),  # 21, 35
+        (76, 32, 132, FEW_ROWS, False),  # with few rows a half
+        (68, 48, 132, FEW_ROWS, True),  # 27, 51
+        (220, 32, 132, 64, False),  # 59, 70: an eighth where parts have several
+        (200, 32, 132, FEW_ROWS, True),  # 54, 70
+        (220, 32, 132, 128, True),
+    ],
+)
+def test_with_one_tile_of_rows_whole_sequences_may_cost_more(batch, pages, parts, rows, cut):
+    assert is_cut([pages * PAGE_SIZE] * batch, parts, rows) == cut
+
+
+@pytest.mark.parametrize("rows, apart", [(64, True), (FEW_ROWS, False)])
+def test_idle_parts_lie_between_whole_sequences_but_with_few_rows_behind_them(rows, apart):
+    """So no two blocks of a TPC, 2 k and 2 k + 1, are idle; few rows are spread by their kernel."""
+    busy = [bool(part) for part in shares([2048] * 96, 132, rows)]
+    assert sum(busy) == 96 and not is_cut([2048] * 96, 132, rows)
+    assert all(map(any, zip(busy[::2], busy[1::2], strict=True))) == apart
+    assert all(busy[:96]) != apart
+
+
+@pytest.mark.parametrize(
+    "pages, parts, rows, splits",
+    [
+        ([128] * 4, 66, 128, [16, 16, 16, 18]),
+        ([128] * 8, 66, 128, [8, 8, 8, 8, 8, 8, 9, 9]),
+        ([377, 78, 169, 304, 126, 247], 66, 128, [18, 4, 9, 15, 6, 14]),
+        ([469], 66, 128, [66]),
+        ([128] * 16, 66, 128, [4] * 16),  # too few splits each
+        ([64] * 4, 66, 128, [16] * 4),  # of four pages: too short
+        ([100] * 4, 66, 128, [15, 15, 18, 18]),  # of seven: with several tiles long enough
+        ([100] * 4, 66, 64, [15] * 4),
+        ([100] * 2, 33, FEW_ROWS, [15] * 2),
+        ([96] * 7 + [1] * 26, 100, 128, [10] * 7 + [1] * 26),  # too many sequences
+    ],
+)
+def test_parts_left_over_go_to_sequences_with_many_long_splits_from_the_last_on(pages, parts, rows, splits):
+    lengths = [n * PAGE_SIZE for n in pages]
+    assert plan(lengths, parts, 0, rows)[1].diff().tolist() == splits
 
 
 @given(LENGTHS, PARTS)
@@ -186,9 +239,11 @@ def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(le
     least = half = ceil_div(pages, max(1, parts // 2))
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
         least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
-    many, few = plan(lengths, parts, 0, PLAIN_ROWS), plan(lengths, parts, 0, FEW_ROWS)
-    if least_split_length(lengths, parts) > least:
-        assert all(map(torch.equal, many, few))
+    many, few = plan(lengths, parts, 0, FULL_TILE), plan(lengths, parts, 0, FEW_ROWS)
+    of_many = least_split_length(lengths, parts)
+    if of_many > least:
+        if LONG_SPLITS > of_many <= fair_share(lengths, parts) + PARTIAL_COST:
+            assert all(map(torch.equal, many, few))
         return
     assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
     longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
@@ -227,6 +282,8 @@ def test_planner_and_kernels_agree_on_what_is_few():
     here = {"FewRows": FEW_ROWS, "FewPages": FEW_PAGES, "WholePages": WHOLE_PAGES}
     here |= {"StartCost": START_COST, "PartialCost": PARTIAL_COST, "PageSize": PAGE_SIZE}
     here |= {"TwoPageSplits": TWO_PAGE_SPLITS, "BusyPercent": BUSY_PERCENT, "FullTile": FULL_TILE}
+    here |= {"CutCost": CUT_COST, "FewSequences": FEW_SEQUENCES, "LongSplits": LONG_SPLITS}
+    here |= {"SplitsASpare": SPLITS_A_SPARE, "LongSplitsOfTiles": LONG_SPLITS_OF_TILES}
     assert {name: int(constants[name]) for name in here} == here
     assert is_few(FEW_ROWS) and not is_few(FEW_ROWS + 1)
     assert [n for n in (16, 48, 49, 64, 65, 80, 96, 97, 128, 160) if is_full(n)] == [49, 64, 97, 128, 160]
@@ -344,7 +401,7 @@ def test_a_plan_with_a_wrong_word_is_refused_on_the_cpu(column):
     case = Case((5000, 40, 3000))
     inputs = make_inputs(case, torch.device("cpu"))
     tensors = (inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
-    metadata, num_splits = plan(list(case.lengths), 2)
+    metadata, num_splits = plan(list(case.lengths), 2, 0, TWO_TILES)
     check_values(*tensors, metadata, num_splits)
     metadata[1, column] += 1  # the part that ends the first sequence and does the others
     with pytest.raises(ValueError, match="tile_scheduler_metadata, num_splits: got a plan for other lengths"):

@@ -72,31 +72,45 @@ __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longes
     return whole ? half : min(half, few_pages);
 }
 
-// The least length of splits, of those that layout.py's _a_split_a_part tries, with which a split a part is
-// enough; 0 where there is none. `share`: of the line; `busy`: becomes how many splits that are. A block of
-// several warps tries all at once, as their sums take long; one warp tries one after another, as code that
-// need not be fetched saves more.
+// The least length of splits, of those that layout.py's _a_split_a_part looks at, with which a split a part
+// is enough; 0 where there is none. `share`: of the line; `busy`: becomes how many splits that are.
 template <int kWarps>
 __device__ inline unsigned split_length(const PlanParams& params, unsigned pages, unsigned least,
                                         unsigned share, unsigned& busy) {
-    constexpr unsigned kLengths = kStartCost + 2, kAtOnce = kWarps == 1 ? 1 : kLengths;
-    const auto length =
-        [=](unsigned i) {  // share - kStartCost, ..., share, share + kPartialCost, from `least` on
-            return max(least, i <= kStartCost ? share - min(share, kStartCost - i) : share + kPartialCost);
-        };
+    const auto length = [=](unsigned i) { return max(least, share + i - min(share + i, kStartCost)); };
+    unsigned low = 0, high = kStartCost + 1 + kPartialCost;  // of the lengths; `high` stands for none
+    // Few short sequences mostly take the least of all, which no other length is tried before.
+    bool try_least = share <= kStartCost + least;
 #pragma unroll 1
-    for (unsigned first = 0; first < kLengths; first += kAtOnce) {
-        unsigned splits[kAtOnce] = {};
-        for_own_sequences<kWarps>(params, pages, [&](unsigned n) {
-#pragma unroll
-            for (unsigned i = 0; i < kAtOnce; ++i) splits[i] += num_splits(n, length(first + i));
-        });
+    while (low < high) {
+        const unsigned middle = try_least ? low : (low + high) / 2;
+        try_least = false;
+        unsigned splits[1] = {};
+        for_own_sequences<kWarps>(params, pages,
+                                  [&](unsigned n) { splits[0] += num_splits(n, length(middle)); });
         block_sum<kWarps>(splits);
-#pragma unroll
-        for (unsigned i = 0; i < kAtOnce; ++i)
-            if (busy = splits[i]; busy <= static_cast<unsigned>(params.num_parts)) return length(first + i);
+        const bool enough = splits[0] <= static_cast<unsigned>(params.num_parts);
+        busy = enough ? splits[0] : busy;
+        high = enough ? middle : high;
+        low = enough ? low : middle + 1;
+        if constexpr (kWarps > 1) __syncthreads();  // the sums are read
     }
-    return 0;
+    return low <= kStartCost + kPartialCost ? length(low) : 0;
+}
+
+// layout.py's _give_out: how many of `spare` parts the thread's sequence, which has `splits`, takes.
+__device__ inline unsigned given_out(unsigned splits, unsigned spare, unsigned batch) {
+    const unsigned wanted = threadIdx.x < batch ? splits / kSplitsASpare : 0;
+    unsigned before[1] = {wanted}, all[1] = {};
+    block_scan<1>(before, all, batch);
+    const unsigned behind = all[0] - before[0] - wanted;
+    return min(behind + wanted, spare) - min(behind, spare);
+}
+
+// layout.py's of this name.
+__device__ inline unsigned most_whole(const PlanParams& params, unsigned share) {
+    const unsigned divisor = params.batch > params.num_parts ? 8 : params.few_rows ? 2 : 4;
+    return share + (params.one_tile ? share / divisor : 0) + kCutCost;
 }
 
 // split_length's, or two pages where TWO_PAGE_SPLITS of layout.py says so. `longest`: least_of_few_rows'.
@@ -110,7 +124,8 @@ __device__ inline unsigned two_pages(const PlanParams& params, unsigned split, u
 // How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.
 struct Layout {
     unsigned split;
-    bool whole;
+    bool apart;  // whole sequences, with idle parts between them
+    bool whole;  // on the line
     Shares line;
 
     // How many pages a cut on the line may be moved by: _Line's.
@@ -130,12 +145,16 @@ struct Layout {
         return split > 0 ? num_splits(pages, split) : kStartCost + taken(pages);
     }
 
-    __device__ void place(Sequence& seq, unsigned begin, unsigned extent) const {
-        const unsigned last = begin + extent - 1;
+    __device__ void place(const PlanParams& params, Sequence& seq, unsigned begin, unsigned extent) const {
         seq.page_0 = begin + kStartCost;
-        seq.first_part = split > 0 ? begin : line.holder(whole ? begin + extent / 2 : seq.page_0);
-        seq.last_part = split > 0 ? last : whole ? seq.first_part : line.holder(last);
-        if (split == 0 && seq.first_part < seq.last_part) {
+        if (split > 0) {
+            seq.first_part = apart ? begin * params.num_parts / params.batch : begin;
+            seq.last_part = seq.first_part + extent - 1;
+            return;
+        }
+        seq.first_part = line.holder(whole ? begin + extent / 2 : seq.page_0);
+        seq.last_part = whole ? seq.first_part : line.holder(begin + extent - 1);
+        if (seq.first_part < seq.last_part) {
             const unsigned second_page = page_at(seq, seq.first_part + 1);
             const unsigned last_page = page_at(seq, seq.last_part);
             seq.first_part += second_page == 0;
@@ -159,16 +178,16 @@ template <int kWarps>
 __device__ inline bool fits_whole(const PlanParams& params, unsigned pages, const Shares& line,
                                   Sequence* sequences) {
     constexpr unsigned kThreads = 32 * kWarps;
-    const Layout layout{0, true, line};
+    const Layout layout{.split = 0, .apart = false, .whole = true, .line = line};
     const unsigned thread = threadIdx.x, batch = params.batch;
-    const unsigned most = line.longest() + kStartCost + 2 * kPartialCost;
+    const unsigned most = most_whole(params, line.longest());
     unsigned extents[1] = {};
     unsigned last_part = ~0u, last_begin = 0;  // of the round before: its last part, and where that begins
     for (unsigned base = 0;;) {
         const unsigned count = min(batch - base, kThreads), extent = layout.extent(pages);
         unsigned begin[1] = {thread < count ? extent : 0};
         block_scan<kWarps>(begin, extents, count);
-        layout.place(sequences[thread], begin[0], extent);
+        layout.place(params, sequences[thread], begin[0], extent);
         __syncthreads();
         const auto begin_of = [&](unsigned part) {  // of a part that a sequence of this round is on
             // within `sequences` even where sums have overflowed

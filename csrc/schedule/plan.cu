@@ -51,6 +51,8 @@ __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* 
     return row;
 }
 
+static_assert(kFewSequences == 32);  // of one warp
+
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant__ PlanParams params) {
     constexpr unsigned kThreads = 32 * kWarps;
@@ -71,18 +73,29 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     unsigned busy = 0;
     unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest(), busy);
     if (params.full_tiles) split = two_pages(params, split, busy, longest);
-    const Layout layout{split, batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences), line};
+    bool apart = false;
+    if (split == 0 && batch <= num_parts) {
+        const unsigned most = most_whole(params, line.longest());
+        if (__syncthreads_and(kStartCost + longest <= most)) split = most;  // pages at most: one split each
+        apart = split > 0 && !params.few_rows;
+    }
+    const bool whole = batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences);
+    const Layout layout{split, apart, whole, line};
+    unsigned given = 0;  // to the thread's sequence, of the parts left over
+    if constexpr (kOneRound)
+        if (!params.few_rows && split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles))
+            given = given_out(layout.extent(pages), num_parts - busy, batch);
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;
     for (unsigned base = 0;;) {
         const unsigned seq = base + thread, count = kOneRound ? batch : min(batch - base, kThreads);
         const bool active = thread < count;
-        const unsigned extent = active ? layout.extent(pages) : 0;
+        const unsigned extent = active ? layout.extent(pages) + given : 0;
         unsigned begin[1] = {extent};
         block_scan<kWarps>(begin, extents, count);
         Sequence sequence{.pages = pages};
-        layout.place(sequence, begin[0], extent);
+        layout.place(params, sequence, begin[0], extent);
         unsigned before[2] = {active ? sequence.splits() : 0, active && sequence.splits() > 1};
         block_scan<kWarps>(before, splits, count);
         sequence.cut_before = before[1];
@@ -122,7 +135,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
 void launch_plan(const PlanParams& params, cudaStream_t stream) {
     // A warp that holds the batch has no other to wait for, and one of them for 32 parts writes a row a
     // thread.
-    if (params.batch <= 32) {
+    if (params.batch <= kFewSequences) {
         plan_kernel<1><<<(params.num_parts + 31) / 32, 32, 0, stream>>>(params);
     } else {
         plan_kernel<kManyWarps><<<1, 32 * kManyWarps, 0, stream>>>(params);

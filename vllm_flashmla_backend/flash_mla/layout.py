@@ -6,7 +6,7 @@ The batch-invariant mode has a layout of its own: `chunk_layout`.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,6 +44,23 @@ and more than BUSY_PERCENT of the parts were busy: half of the partial results i
 BUSY_PERCENT = 40
 """Of the parts; where no more are busy, partial results do not keep the L2 busy."""
 
+CUT_COST = 8
+"""What cuts anywhere cost the worst part beside its share, in pages: a start that is not on the line, and
+partial results at both ends; a page less, by measurement."""
+
+FEW_SEQUENCES = 32
+"""Up to so many are a warp's in the GPU's planner; only then parts left over are given out."""
+
+SPLITS_A_SPARE = 5
+"""A sequence takes a part left over for so many splits that it has. Where none has as many, those parts at
+work slow the others by more than is gained."""
+
+LONG_SPLITS = 8
+"""Pages of a split from which on parts left over are given out: shorter ones all end too soon."""
+
+LONG_SPLITS_OF_TILES = 5
+"""The same with several tiles of rows, whose partial results keep the L2 busy for longer."""
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -77,7 +94,7 @@ def lay_out(pages: Sequence[int], parts: int, rows_per_kv_head: int) -> Layout:
     line = _Line(pages, parts)
     return (
         _a_split_a_part(pages, parts, line.share, rows_per_kv_head)
-        or _whole_sequences(line)
+        or _whole_sequences(line, rows_per_kv_head)
         or _on_a_line(line)
     )
 
@@ -95,24 +112,50 @@ def _num_splits(pages: int, length: int) -> int:
 def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
-    The length is the least with which the parts are enough, of those up to a share of the line, or that and
+    The length is the least with which the parts are enough, of those up to a share of the line and
     PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
     to go on with a sequence and to leave another to go on with. None if that is not enough. With more
-    sequences than parts no length will do, with fewer none below share - START_COST is better. Some
-    lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles TWO_PAGE_SPLITS.
+    sequences than parts no length will do, with fewer none below share - START_COST. Some lengths are too
+    little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles TWO_PAGE_SPLITS. Parts may be left over,
+    which `_give_out` gives to sequences with many long splits.
     """
     least = _least_of_few_rows(pages, parts) if is_few(rows) else 1
-    for length in (*range(share - START_COST, share + 1), share + PARTIAL_COST):
-        length = max(least, length)
-        splits = [_num_splits(n, length) for n in pages]
-        if sum(splits) <= parts:
-            break
-    else:
+
+    def cut(length: int) -> list[int]:
+        return [_num_splits(n, max(least, length)) for n in pages]
+
+    lengths = range(share - START_COST, share + PARTIAL_COST + 1)
+    enough = bisect_left(lengths, True, key=lambda length: sum(cut(length)) <= parts)
+    if enough == len(lengths):
         return None
+    length = max(least, lengths[enough])
+    splits = cut(length)
     halves = TWO_PAGE_SPLITS < max(pages) <= 2 * TWO_PAGE_SPLITS
     is_busy = 100 * sum(splits) > BUSY_PERCENT * parts
     if length == 1 and halves and is_busy and is_full(rows):
-        splits = [_num_splits(n, 2) for n in pages]
+        splits = cut(2)
+    long = LONG_SPLITS if rows <= TILE_ROWS else LONG_SPLITS_OF_TILES
+    if length >= long and len(pages) <= FEW_SEQUENCES and not is_few(rows):
+        splits = _give_out(parts - sum(splits), splits)
+    return _in_turn(pages, splits)
+
+
+def _give_out(spare: int, splits: list[int]) -> list[int]:
+    """More splits where `spare` parts are left over.
+
+    Shorter ones end sooner, and store and merge their partial results before the L2 is asked for all others'.
+    From the last sequence on, for with the first ones less is gained.
+    """
+    given = list(splits)
+    for seq in reversed(range(len(splits))):
+        more = min(spare, splits[seq] // SPLITS_A_SPARE)
+        given[seq] += more
+        spare -= more
+    return given
+
+
+def _in_turn(pages: Sequence[int], splits: list[int]) -> Layout:
+    """Each sequence cut evenly into so many splits, each split on a part of its own."""
     end = list(accumulate(splits))
     first = [e - k for e, k in zip(end, splits, strict=True)]
     return Layout(
@@ -155,22 +198,37 @@ class _Line:
         return 0 if before <= after else self.pages[seq]
 
 
-def _whole_sequences(line: _Line) -> Layout | None:
-    """Nothing cut: each sequence on the part whose share of the line has its middle.
+def _whole_sequences(line: _Line, rows: int) -> Layout | None:
+    """Nothing cut: each sequence on a part of its own, or on the part whose share of the line has its middle.
 
-    None where a part would cost more than the worst one of `_on_a_line`: its share, one more start and two
-    partial results. A part whose share lies within a sequence may be idle. None, too, with no more sequences
-    than parts: few of these are left by `_a_split_a_part`, and looking for them costs the GPU's planner time.
+    None where a part would cost too much beside the worst one of `_on_a_line`. A part whose share lies within
+    a sequence may be idle. Of parts that have one each the idle ones lie apart: each of a TPC's two SMs gets
+    more bandwidth while the other is idle. But with few rows the last ones are idle, as the kernel takes it.
     """
-    if len(line.pages) <= line.parts:
-        return None
-    part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
+    batch = len(line.pages)
+    if batch <= line.parts:
+        part = [seq if is_few(rows) else seq * line.parts // batch for seq in range(batch)]
+    else:
+        part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
     cost = [0] * line.parts
     for p, n in zip(part, line.taken, strict=True):
         cost[p] += n
-    if max(cost) > line.share + START_COST + 2 * PARTIAL_COST:
+    if max(cost) > _most_whole(line, rows):
         return None
     return Layout(part, part, lambda seq, p: 0 if p == part[seq] else line.pages[seq])
+
+
+def _most_whole(line: _Line, rows: int) -> int:
+    """What a part may cost where sequences stay whole, in places of the line.
+
+    A share and CUT_COST. One tile of rows is through with a page before memory gives as many to all parts: if
+    some are idle, or become so soon, the others are faster, and with few rows most so.
+    """
+    if rows > TILE_ROWS:
+        return line.share + CUT_COST
+    if len(line.pages) > line.parts:
+        return line.share + line.share // 8 + CUT_COST
+    return line.share + line.share // (2 if is_few(rows) else 4) + CUT_COST
 
 
 def _on_a_line(line: _Line) -> Layout:
