@@ -121,7 +121,7 @@ def nan_results(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.T
     return out[:, :, extra:], lse
 
 
-PLAIN_ROWS = 80  # two tiles, neither few rows nor full tiles: the planner has no rule for them alone
+PLAIN_ROWS = 80  # two tiles: no rule of few rows, of full tiles or of a single one
 
 
 def run(

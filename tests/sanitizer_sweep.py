@@ -19,7 +19,7 @@ from mla_cases import (
     run_ragged,
 )
 
-from vllm_flashmla_backend.flash_mla import flash_mla_decode
+from vllm_flashmla_backend.flash_mla import flash_mla_decode, get_mla_metadata
 
 CASES = [
     Case((0, 1, 63, 64, 65), h_q=16),
@@ -42,6 +42,7 @@ BATCH_INVARIANT = [
 ]
 IN_ONE_PART = (600, 300, 130)  # tokens: several chunks, one sequence right behind the other
 HANDED_OVER = (700, 700, 700)  # on two parts: the second goes on with the first one's sum
+PLANNED = [(64,) * 40, (768,) * 67, (1000,) * 90, (1000,) * 200]  # by 16 warps: in every way there is
 RAGGED = Case((700, 65, 3), s_q=5, h_q=37, causal=True)
 
 
@@ -67,6 +68,9 @@ def check(case: Case, growth: float = 0, **how) -> None:
 if __name__ == "__main__":
     for case in CASES:
         check(case)
+    for lengths in PLANNED:
+        get_mla_metadata(torch.tensor(lengths, dtype=torch.int32, device="cuda"), 64, 1)
+    torch.cuda.synchronize()
     for (lengths, parts, *_), h_q in itertools.product(CUT[:4], (16, 64)):  # the last one takes too long
         check(Case(lengths, h_q=h_q), parts=parts)
     for case in BATCH_INVARIANT:

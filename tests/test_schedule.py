@@ -45,6 +45,7 @@ from vllm_flashmla_backend.flash_mla.schedule import (
     splits_of,
 )
 
+ONE_TILE = 40  # rows, that are not few and leave the tile not full
 TWO_TILES = 2 * TILE_ROWS
 ROWS = st.sampled_from([FEW_ROWS, PLAIN_ROWS, TILE_ROWS, TWO_TILES])
 
@@ -103,14 +104,22 @@ def fair_share(lengths: list[int], parts: int) -> int:
     return ceil_div(sum(START_COST + n for n in taken(lengths)), parts)
 
 
-@given(LENGTHS, PARTS)
-def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts):
-    """A split a part costs a partial result less than going on with a sequence and leaving another."""
-    cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts)]
+@given(LENGTHS, PARTS, ROWS)
+def test_no_part_has_more_than_the_cheaper_layout_gives(lengths, parts, rows):
+    """A split a part costs a partial result less than going on with a sequence and leaving another; whole
+    sequences may cost more with one tile of rows."""
+    cost = [sum(START_COST + max(1, pages) for pages in part) for part in shares(lengths, parts, rows)]
     fair, least = fair_share(lengths, parts), least_split_length(lengths, parts)
-    a_split_a_part = least <= fair + PARTIAL_COST
-    worst = max(least, PARTIAL_COST + 1) if a_split_a_part else fair + 2 * PARTIAL_COST
-    assert max(cost) <= worst + START_COST
+    if is_few(rows):
+        least = max(least, ceil_div(sum(taken(lengths)), max(1, parts // 2)))
+    if least <= fair + PARTIAL_COST:
+        worst = max(least, PARTIAL_COST + 1) + START_COST
+    elif is_cut(lengths, parts, rows):
+        worst = fair + 2 * PARTIAL_COST + START_COST
+    else:
+        divisor = 8 if len(lengths) > parts else 2 if is_few(rows) else 4
+        worst = fair + CUT_COST + 1 + (fair // divisor if rows <= TILE_ROWS else 0)
+    assert max(cost) <= worst
 
 
 @given(LENGTHS, PARTS)
@@ -142,6 +151,7 @@ def test_equal_sequences_are_not_cut_where_that_costs_no_more(batch, pages, part
         (96, 32, 132, 64, False),  # 26, 35: with one tile it may be a quarter more
         (76, 32, 132, 64, True),  # 21, 35
         (76, 32, 132, FEW_ROWS, False),  # with few rows a half
+        (70, 32, 132, FEW_ROWS, False),  # 19, 35
         (68, 48, 132, FEW_ROWS, True),  # 27, 51
         (220, 32, 132, 64, False),  # 59, 70: an eighth where parts have several
         (200, 32, 132, FEW_ROWS, True),  # 54, 70
@@ -152,13 +162,23 @@ def test_with_one_tile_of_rows_whole_sequences_may_cost_more(batch, pages, parts
     assert is_cut([pages * PAGE_SIZE] * batch, parts, rows) == cut
 
 
-@pytest.mark.parametrize("rows, apart", [(64, True), (FEW_ROWS, False)])
-def test_idle_parts_lie_between_whole_sequences_but_with_few_rows_behind_them(rows, apart):
-    """So no two blocks of a TPC, 2 k and 2 k + 1, are idle; few rows are spread by their kernel."""
-    busy = [bool(part) for part in shares([2048] * 96, 132, rows)]
-    assert sum(busy) == 96 and not is_cut([2048] * 96, 132, rows)
+@pytest.mark.parametrize(
+    "batch, pages, rows, apart", [(96, 32, 64, True), (112, 48, 128, True), (96, 32, FEW_ROWS, False)]
+)
+def test_idle_parts_lie_between_whole_sequences_but_with_few_rows_behind_them(batch, pages, rows, apart):
+    """So no two parts 2 k and 2 k + 1, with one tile the SMs of a TPC, are idle; few rows are spread by their
+    kernel."""
+    busy = [bool(part) for part in shares([pages * PAGE_SIZE] * batch, 132, rows)]
+    assert sum(busy) == batch and not is_cut([pages * PAGE_SIZE] * batch, 132, rows)
     assert all(map(any, zip(busy[::2], busy[1::2], strict=True))) == apart
-    assert all(busy[:96]) != apart
+    assert all(busy[:batch]) != apart
+
+
+@pytest.mark.parametrize("pages, least, share", [(21, 11, 10), (27, 14, 12), (37, 19, 16)])
+def test_the_least_length_of_splits_is_taken_up_to_a_share_and_a_partial_result(pages, least, share):
+    lengths = [pages * PAGE_SIZE] * 2
+    assert (least_split_length(lengths, 5), fair_share(lengths, 5)) == (least, share)
+    assert plan(lengths, 5, 0, TWO_TILES)[1].diff().tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +191,9 @@ def test_idle_parts_lie_between_whole_sequences_but_with_few_rows_behind_them(ro
         ([128] * 16, 66, 128, [4] * 16),  # too few splits each
         ([64] * 4, 66, 128, [16] * 4),  # of four pages: too short
         ([100] * 4, 66, 128, [15, 15, 18, 18]),  # of seven: with several tiles long enough
+        ([90] * 4, 74, 128, [18, 18, 18, 20]),  # of five
         ([100] * 4, 66, 64, [15] * 4),
+        ([128] * 4, 66, 64, [16, 16, 16, 18]),  # with one tile, of eight
         ([100] * 2, 33, FEW_ROWS, [15] * 2),
         ([96] * 7 + [1] * 26, 100, 128, [10] * 7 + [1] * 26),  # too many sequences
     ],
@@ -234,20 +256,19 @@ def test_every_partial_result_has_a_slot_of_its_own(lengths, parts, rows):
 
 @example([0, 0, 0, 129, 385], 5)  # many rows: on a line, for splits of as many pages would cost more
 @given(LENGTHS, PARTS)
-def test_few_rows_change_the_plan_only_where_it_would_cut_into_shorter_splits(lengths, parts):
+def test_few_rows_have_splits_of_a_least_length_and_else_those_of_one_tile(lengths, parts):
+    """But for what stays whole or lies on a line, and for long splits, which may get parts left over."""
     pages = sum(taken(lengths))
     least = half = ceil_div(pages, max(1, parts // 2))
     if max(taken(lengths)) > min(half, WHOLE_PAGES):
         least = min(half, FEW_PAGES if pages > FEW_PAGES // 2 * parts else FEW_PAGES // 2)
-    many, few = plan(lengths, parts, 0, FULL_TILE), plan(lengths, parts, 0, FEW_ROWS)
-    of_many = least_split_length(lengths, parts)
-    if of_many > least:
-        if LONG_SPLITS > of_many <= fair_share(lengths, parts) + PARTIAL_COST:
-            assert all(map(torch.equal, many, few))
-        return
-    assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
-    longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
-    assert longest <= max(least, PARTIAL_COST + 1)
+    few, of_one_tile = plan(lengths, parts, 0, FEW_ROWS), least_split_length(lengths, parts)
+    if of_one_tile <= least:
+        assert few[1].diff().tolist() == [num_splits(n, least) for n in taken(lengths)]
+        longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
+        assert longest <= max(least, PARTIAL_COST + 1)
+    elif of_one_tile < LONG_SPLITS and of_one_tile <= fair_share(lengths, parts) + PARTIAL_COST:
+        assert all(map(torch.equal, few, plan(lengths, parts, 0, ONE_TILE)))
 
 
 @pytest.mark.parametrize(

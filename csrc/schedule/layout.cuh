@@ -79,7 +79,7 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
                                         unsigned share, unsigned& busy) {
     const auto length = [=](unsigned i) { return max(least, share + i - min(share + i, kStartCost)); };
     unsigned low = 0, high = kStartCost + 1 + kPartialCost;  // of the lengths; `high` stands for none
-    // Few short sequences mostly take the least of all, which no other length is tried before.
+    // Few short sequences mostly take the least of all: it is tried first.
     bool try_least = share <= kStartCost + least;
 #pragma unroll 1
     while (low < high) {
@@ -88,12 +88,12 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
         unsigned splits[1] = {};
         for_own_sequences<kWarps>(params, pages,
                                   [&](unsigned n) { splits[0] += num_splits(n, length(middle)); });
+        if constexpr (kWarps > 1) __syncthreads();  // the sums before are read
         block_sum<kWarps>(splits);
         const bool enough = splits[0] <= static_cast<unsigned>(params.num_parts);
         busy = enough ? splits[0] : busy;
         high = enough ? middle : high;
         low = enough ? low : middle + 1;
-        if constexpr (kWarps > 1) __syncthreads();  // the sums are read
     }
     return low <= kStartCost + kPartialCost ? length(low) : 0;
 }
@@ -110,7 +110,8 @@ __device__ inline unsigned given_out(unsigned splits, unsigned spare, unsigned b
 // layout.py's of this name.
 __device__ inline unsigned most_whole(const PlanParams& params, unsigned share) {
     const unsigned divisor = params.batch > params.num_parts ? 8 : params.few_rows ? 2 : 4;
-    return share + (params.one_tile ? share / divisor : 0) + kCutCost;
+    const unsigned more = params.one_tile ? share / divisor : 0;
+    return share + more + kCutCost;
 }
 
 // split_length's, or two pages where TWO_PAGE_SPLITS of layout.py says so. `longest`: least_of_few_rows'.
@@ -121,11 +122,11 @@ __device__ inline unsigned two_pages(const PlanParams& params, unsigned split, u
     return split + (many && !__syncthreads_or(longest > 2 * kTwoPageSplits));
 }
 
-// How the plan lays sequences out: `split` pages a part at most; where `split` is 0 on a line, cut or not.
+// How the plan lays sequences out.
 struct Layout {
-    unsigned split;
-    bool apart;  // whole sequences, with idle parts between them
-    bool whole;  // on the line
+    unsigned split;  // pages of a split at most, of which each has a part of its own; 0: on a line
+    bool apart;      // with `split`, where that cuts none: idle parts between them, not behind them
+    bool whole;      // on a line: nothing is cut
     Shares line;
 
     // How many pages a cut on the line may be moved by: _Line's.
@@ -172,8 +173,7 @@ __device__ inline unsigned count_before(const Sequence* sequences, unsigned coun
     return found;
 }
 
-// Whether no part costs more than the worst one where sequences are cut, if none is. `pages`: of the thread's
-// first.
+// Whether no part costs more than `most_whole` if no sequence is cut. `pages`: of the thread's first.
 template <int kWarps>
 __device__ inline bool fits_whole(const PlanParams& params, unsigned pages, const Shares& line,
                                   Sequence* sequences) {

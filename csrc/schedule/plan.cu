@@ -76,12 +76,12 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     bool apart = false;
     if (split == 0 && batch <= num_parts) {
         const unsigned most = most_whole(params, line.longest());
-        if (__syncthreads_and(kStartCost + longest <= most)) split = most;  // pages at most: one split each
+        if (__syncthreads_and(kStartCost + longest <= most)) split = most;  // so many pages: none is cut
         apart = split > 0 && !params.few_rows;
     }
     const bool whole = batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences);
     const Layout layout{split, apart, whole, line};
-    unsigned given = 0;  // to the thread's sequence, of the parts left over
+    unsigned given = 0;  // to the thread's sequence, of the parts left over; whole ones want none
     if constexpr (kOneRound)
         if (!params.few_rows && split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles))
             given = given_out(layout.extent(pages), num_parts - busy, batch);

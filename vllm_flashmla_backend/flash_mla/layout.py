@@ -112,12 +112,12 @@ def _num_splits(pages: int, length: int) -> int:
 def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> Layout | None:
     """Sequences cut evenly into splits of at most `length` pages, handed out a split a part.
 
-    The length is the least with which the parts are enough, of those up to a share of the line and
-    PARTIAL_COST: the worst part costs its pages, a start and a partial result, where one of a line may have
-    to go on with a sequence and to leave another to go on with. None if that is not enough. With more
-    sequences than parts no length will do, with fewer none below share - START_COST. Some lengths are too
-    little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles TWO_PAGE_SPLITS. Parts may be left over,
-    which `_give_out` gives to sequences with many long splits.
+    The length is the least with which the parts are enough, of those from share - START_COST to
+    share + PARTIAL_COST, `share` being the line's: the worst part costs its pages, a start and a partial
+    result, where one of a line may have to go on with a sequence and to leave another to go on with. None if
+    that is not enough. With more sequences than parts no length will do, with fewer none below these is
+    better. Some lengths are too little: with few rows FEW_PAGES, WHOLE_PAGES; with full tiles
+    TWO_PAGE_SPLITS. Parts may be left over, which `_give_out` gives to sequences with many long splits.
     """
     least = _least_of_few_rows(pages, parts) if is_few(rows) else 1
 
@@ -202,8 +202,9 @@ def _whole_sequences(line: _Line, rows: int) -> Layout | None:
     """Nothing cut: each sequence on a part of its own, or on the part whose share of the line has its middle.
 
     None where a part would cost too much beside the worst one of `_on_a_line`. A part whose share lies within
-    a sequence may be idle. Of parts that have one each the idle ones lie apart: each of a TPC's two SMs gets
-    more bandwidth while the other is idle. But with few rows the last ones are idle, as the kernel takes it.
+    a sequence may be idle. Where none has more than one, idle parts lie between them: with one tile a TPC's
+    two SMs have a part each, and either gets more bandwidth while the other is idle. But with few rows the
+    last parts are idle, as the kernel takes it.
     """
     batch = len(line.pages)
     if batch <= line.parts:
@@ -219,16 +220,15 @@ def _whole_sequences(line: _Line, rows: int) -> Layout | None:
 
 
 def _most_whole(line: _Line, rows: int) -> int:
-    """What a part may cost where sequences stay whole, in places of the line.
+    """What a part may cost where sequences stay whole, in places of the line: a share, what is `more`, and
+    CUT_COST.
 
-    A share and CUT_COST. One tile of rows is through with a page before memory gives as many to all parts: if
-    some are idle, or become so soon, the others are faster, and with few rows most so.
+    One tile of rows is through with a page before memory gives as many to all parts: if some are idle, or
+    become so soon, the others are faster, and with few rows most so.
     """
-    if rows > TILE_ROWS:
-        return line.share + CUT_COST
-    if len(line.pages) > line.parts:
-        return line.share + line.share // 8 + CUT_COST
-    return line.share + line.share // (2 if is_few(rows) else 4) + CUT_COST
+    divisor = 8 if len(line.pages) > line.parts else 2 if is_few(rows) else 4
+    more = line.share // divisor if rows <= TILE_ROWS else 0
+    return line.share + more + CUT_COST
 
 
 def _on_a_line(line: _Line) -> Layout:
