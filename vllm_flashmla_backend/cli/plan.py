@@ -186,12 +186,12 @@ def summary(work: list[list[Split]], lengths: list[int]) -> str:
             splits_of_seq[split.seq] += 1
     most = max(splits_of_seq.values())
     cut = sum(number > 1 for number in splits_of_seq.values())
+    cuts = f"{count(cut, 'sequence')} cut, at most into {most}" if cut else "none cut"
     busy = sum(bool(splits) for splits in work)
     return (
         f"{count(len(lengths), 'sequence')}, {count(sum(pages), 'page')}; {busy} of "
         f"{count(len(work), 'part')} busy, {count(max(pages), 'page')} at most, "
-        f"{sum(pages) / max(1, busy):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; "
-        f"{count(cut, 'sequence')} cut, at most into {most}"
+        f"{sum(pages) / max(1, busy):.1f} on average; {count(sum(splits_of_seq.values()), 'split')}; {cuts}"
     )
 
 
