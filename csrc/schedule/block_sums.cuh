@@ -1,4 +1,5 @@
-// Sums over the threads of a block of one warp or more.
+// Sums over the threads of a block of one warp or more. Between two calls of one function with as many values
+// and warps there must be a barrier: what is in shared memory may still be read.
 #pragma once
 
 namespace mla {
