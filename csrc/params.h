@@ -58,7 +58,7 @@ struct PlanParams {
     int chunk_level;  // 0: cut anywhere
     bool few_rows;    // is_few() of layout.py
     bool full_tiles;  // is_full() there
-    bool one_tile;    // no more rows than TILE_ROWS there
+    bool one_tile;    // is_one_tile() there
 };
 
 // Strides in elements. The query itself comes as two tensor maps, of its latent and its rope part.

@@ -323,7 +323,7 @@ def test_run_that_is_cut_off_leaves_its_figures(end, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli_soak, "drive", drive)
     monkeypatch.setattr(cli_soak, "check_health", lambda server: None)
-    with pytest.raises(type(end)):
+    with pytest.raises(type(end), match=str(end)):
         main(["soak", "--base-url", "http://nowhere", "--name", "kimi", "--out", str(tmp_path / "soak.json")])
     made = json.loads((tmp_path / "soak.json").read_text())
     assert (made["cut_off"], made["requests"], made["lost"]) == (True, 1, 1)

@@ -1,5 +1,4 @@
-// Sums over the threads of a block of one warp or more. Between two calls of one function with as many values
-// and warps there must be a barrier: what is in shared memory may still be read.
+// Sums over the threads of a block of one warp or more.
 #pragma once
 
 namespace mla {
@@ -12,6 +11,7 @@ __device__ inline void block_sum(unsigned (&value)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = __reduce_add_sync(~0u, value[i]);
     if constexpr (kWarps > 1) {
+        __syncthreads();  // the sums of an earlier call are read
 #pragma unroll
         for (int i = 0; i < N; ++i)
             if (lane == 0) of_warp[threadIdx.x / 32][i] = value[i];
@@ -22,7 +22,7 @@ __device__ inline void block_sum(unsigned (&value)[N]) {
 }
 
 // Replaces each value with the sum over `carry` and the threads before; carry grows by the block's sum.
-// Threads from `count` on have zeros.
+// Threads from `count` on have zeros. A barrier must lie between two calls.
 template <int kWarps, int N>
 __device__ inline void block_scan(unsigned (&value)[N], unsigned (&carry)[N], unsigned count) {
     __shared__ unsigned of_warp[kWarps][N];

@@ -88,7 +88,6 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
         unsigned splits[1] = {};
         for_own_sequences<kWarps>(params, pages,
                                   [&](unsigned n) { splits[0] += num_splits(n, length(middle)); });
-        if constexpr (kWarps > 1) __syncthreads();  // the sums before are read
         block_sum<kWarps>(splits);
         const bool enough = splits[0] <= static_cast<unsigned>(params.num_parts);
         busy = enough ? splits[0] : busy;
@@ -124,9 +123,9 @@ __device__ inline unsigned two_pages(const PlanParams& params, unsigned split, u
 
 // How the plan lays sequences out.
 struct Layout {
-    unsigned split;  // pages of a split at most, of which each has a part of its own; 0: on a line
-    bool apart;      // with `split`, where that cuts none: idle parts between them, not behind them
-    bool whole;      // on a line: nothing is cut
+    unsigned split = 0;  // pages of a split at most, of which each has a part of its own; 0: on a line
+    bool apart = false;  // with `split`, where that cuts none: idle parts between them, not behind them
+    bool whole = false;  // on a line: nothing is cut
     Shares line;
 
     // How many pages a cut on the line may be moved by: _Line's.
@@ -178,7 +177,7 @@ template <int kWarps>
 __device__ inline bool fits_whole(const PlanParams& params, unsigned pages, const Shares& line,
                                   Sequence* sequences) {
     constexpr unsigned kThreads = 32 * kWarps;
-    const Layout layout{.split = 0, .apart = false, .whole = true, .line = line};
+    const Layout layout{.whole = true, .line = line};
     const unsigned thread = threadIdx.x, batch = params.batch;
     const unsigned most = most_whole(params, line.longest());
     unsigned extents[1] = {};

@@ -68,22 +68,24 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     });
     block_sum<kWarps>(length);
     const Shares line(length[0], num_parts);
-    const unsigned least =
-        params.few_rows ? least_of_few_rows(num_parts, longest, length[0] - kStartCost * batch) : 1;
+    Layout layout{.line = line};
     unsigned busy = 0;
-    unsigned split = batch > num_parts ? 0 : split_length<kWarps>(params, pages, least, line.longest(), busy);
-    if (params.full_tiles) split = two_pages(params, split, busy, longest);
-    bool apart = false;
-    if (split == 0 && batch <= num_parts) {
+    if (batch > num_parts) {
+        layout.whole = fits_whole<kWarps>(params, pages, line, sequences);
+    } else {
+        const unsigned least =
+            params.few_rows ? least_of_few_rows(num_parts, longest, length[0] - kStartCost * batch) : 1;
+        layout.split = split_length<kWarps>(params, pages, least, line.longest(), busy);
+        if (params.full_tiles) layout.split = two_pages(params, layout.split, busy, longest);
         const unsigned most = most_whole(params, line.longest());
-        if (__syncthreads_and(kStartCost + longest <= most)) split = most;  // so many pages: none is cut
-        apart = split > 0 && !params.few_rows;
+        if (layout.split == 0 && __syncthreads_and(kStartCost + longest <= most)) {
+            layout.split = most;  // so many pages: none is cut
+            layout.apart = !params.few_rows;
+        }
     }
-    const bool whole = batch > num_parts && fits_whole<kWarps>(params, pages, line, sequences);
-    const Layout layout{split, apart, whole, line};
     unsigned given = 0;  // to the thread's sequence, of the parts left over; whole ones want none
     if constexpr (kOneRound)
-        if (!params.few_rows && split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles))
+        if (!params.few_rows && layout.split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles))
             given = given_out(layout.extent(pages), num_parts - busy, batch);
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.

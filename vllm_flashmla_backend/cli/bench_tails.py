@@ -13,15 +13,7 @@ from ..bench import report, serve, tails_report
 from ..bench.tails import CACHED, DECODE, LENGTHS, PREFILL, TailsJob
 from ..words import count
 from .options import numbers, require, require_cpu_cache, require_heads, require_model, require_out
-from .results import (
-    describe_run,
-    failed,
-    gpu_monitor,
-    require_rows,
-    results_in,
-    show_tables,
-    unused_path,
-)
+from .results import describe_run, failed, gpu_monitor, require_rows, results_in, show_tables, unused_path
 
 ON_A_CPU = "--tails --layers 1 --heads 16 --cached 128 --lengths 1,8 --repeat 2"
 

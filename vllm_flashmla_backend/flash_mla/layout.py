@@ -71,6 +71,11 @@ def is_few(rows_per_kv_head: int) -> bool:
     return rows_per_kv_head <= FEW_ROWS
 
 
+def is_one_tile(rows_per_kv_head: int) -> bool:
+    """Whether one tile has so many query rows that share a KV head."""
+    return rows_per_kv_head <= TILE_ROWS
+
+
 def is_full(rows_per_kv_head: int) -> bool:
     """Whether tiles are full where so many query rows that share a KV head are cut into equal ones.
 
@@ -134,7 +139,7 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> 
     is_busy = 100 * sum(splits) > BUSY_PERCENT * parts
     if length == 1 and halves and is_busy and is_full(rows):
         splits = cut(2)
-    long = LONG_SPLITS if rows <= TILE_ROWS else LONG_SPLITS_OF_TILES
+    long = LONG_SPLITS if is_one_tile(rows) else LONG_SPLITS_OF_TILES
     if length >= long and len(pages) <= FEW_SEQUENCES and not is_few(rows):
         splits = _give_out(parts - sum(splits), splits)
     return _in_turn(pages, splits)
@@ -227,7 +232,7 @@ def _most_whole(line: _Line, rows: int) -> int:
     become so soon, the others are faster, and with few rows most so.
     """
     divisor = 8 if len(line.pages) > line.parts else 2 if is_few(rows) else 4
-    more = line.share // divisor if rows <= TILE_ROWS else 0
+    more = line.share // divisor if is_one_tile(rows) else 0
     return line.share + more + CUT_COST
 
 
