@@ -106,7 +106,8 @@ struct ChunkSum {
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
 // each second one; kLoads of these vectors are under way together. Merged are `count` results: the first,
-// that of all chunks before chunk `second`, and those from there on.
+// that of all chunks before chunk `second`, and those from there on. Past the last one come results that
+// change nothing: with branches between them each would wait for the exponentials of the one before.
 template <typename T, int kLoads, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                   const ChunkPartial& first, int second, int count, int octet, int group) {
@@ -114,8 +115,8 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
     constexpr int kUnroll = kLoads / kVectors;  // chunks at a time
     const uint64_t read_once = ptx::evict_first();
     const int lane = threadIdx.x % 16, to_next = ChunkPartial::rows_to_next(params);
-    const float2* weights_row = first.weight_sums + octet * kOctetRows + lane / 2;
-    const float* out = first.group(octet, group) + lane / 2 * kGroupColumns + lane % 2 * 4;
+    const float2* weights_at = first.weight_sums + octet * kOctetRows + lane / 2;
+    const float* at = first.group(octet, group) + lane / 2 * kGroupColumns + lane % 2 * 4;
     ChunkSum row_sum;
     float4 sum[kVectors] = {};
 #pragma unroll 1
@@ -124,19 +125,20 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
         WeightSum weights[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
-            if (begin + i >= count) break;
-            const int chunk = begin + i == 0 ? 0 : begin + i - 1 + second;
-            weights[i] = WeightSum(__ldcg(weights_row + chunk * to_next));
+            const bool is_there = begin + i < count;
+            weights[i] = is_there ? WeightSum(__ldcg(weights_at)) : WeightSum();
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v)
-                value[i][v] = ptx::load(
-                    reinterpret_cast<const float4*>(out + chunk * static_cast<int64_t>(to_next) * kHeadDimV +
-                                                    2 * v * ChunkPartial::kGroupFloats),
-                    read_once);
+            for (int v = 0; v < kVectors; ++v) {
+                const auto* vector = reinterpret_cast<const float4*>(at + 2 * v * ChunkPartial::kGroupFloats);
+                value[i][v] = make_float4(-0.f, -0.f, -0.f, -0.f);  // what added leaves zeros their sign
+                if (is_there) value[i][v] = ptx::load(vector, read_once);
+            }
+            const int rows = begin + i == 0 ? second * to_next : to_next;
+            weights_at += rows;
+            at += rows * static_cast<int64_t>(kHeadDimV);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
-            if (begin + i >= count) break;
             const auto step = row_sum.next(weights[i]);
             const auto add = [&](float to, float chunk) {
                 const float taken = __fmul_rn(chunk, step.take);
