@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from plan_strategies import LENGTHS, PARTS
 
-from vllm_flashmla_backend.flash_mla.chunk_layout import CHUNK_COST, _fill, fill_parts
+from vllm_flashmla_backend.flash_mla.chunk_layout import _fill, chunk_cost, cost_of, fill_parts
 from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
 from vllm_flashmla_backend.flash_mla.layout import START_COST, ceil_div
 from vllm_flashmla_backend.flash_mla.schedule import Field, chunk_level, num_pages, plan, splits_of
@@ -49,11 +49,17 @@ def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
     for split in splits_of(metadata, lengths):
         piece = max(1, split.page_end - split.page_begin)
         chunks = ceil_div(piece, chunk_pages(pages[split.seq], level))
-        of_part.setdefault(split.part, []).append(START_COST + piece + CHUNK_COST * chunks)
+        of_part.setdefault(split.part, []).append(START_COST + piece + chunk_cost(level) * chunks)
     for part, row in enumerate(metadata.tolist()):
         if row[Field.FIRST_SPLITS] < 0 and row[Field.FIRST_SPLIT] == 1:
             first, *others = of_part[part]
             assert max(sum(others), of_part[part - 1][-1]) + first <= budget
+
+
+def test_few_rows_cut_no_sequence_that_takes_a_part_as_long_as_the_longest_chunk():
+    """31 of 1,024 tokens beside one of 51,200, whose 50 chunks of 16 pages have a part each."""
+    _, num_splits = plan([51200] + [1024] * 31, 132, 1)
+    assert num_splits.diff().tolist() == [50] + [1] * 31
 
 
 def test_equal_sequences_of_two_parts_each_are_not_done_one_part_after_the_other():
@@ -78,12 +84,12 @@ def test_chunks_are_few_where_merging_is_dear():
 def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, level, slack):
     """What `Filler::take` of plan_chunks.cu computes for a sequence without a loop; its bytes need a GPU."""
     pages = [num_pages(length) for length in lengths]
-    cost = [max(1, n) + CHUNK_COST * num_chunks(n, level) for n in pages]
-    dearest = max(min(max(1, n), chunk_pages(n, level)) + CHUNK_COST for n in pages)
+    cost = [cost_of(n, level) for n in pages]
+    dearest = max(min(max(1, n), chunk_pages(n, level)) for n in pages) + chunk_cost(level)
     budget = START_COST + dearest + slack
     part, room, begins = 0, budget, []
     for n, left in zip(pages, cost, strict=True):
-        chunk = chunk_pages(n, level) + CHUNK_COST
+        chunk = chunk_pages(n, level) + chunk_cost(level)
         if START_COST + min(left, chunk) > room:
             part, room = part + 1, budget
         first, head, each, between = part, 0, 0, -1

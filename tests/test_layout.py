@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mla_cases import PLAIN_ROWS
@@ -29,6 +28,7 @@ from vllm_flashmla_backend.flash_mla.layout import (
     TWO_PAGE_SPLITS,
     WHOLE_PAGES,
     ceil_div,
+    idle_before,
     is_few,
     is_full,
 )
@@ -135,15 +135,37 @@ def test_with_one_tile_of_rows_whole_sequences_may_cost_more(batch, pages, parts
 
 
 @pytest.mark.parametrize(
-    "batch, pages, rows, apart", [(96, 32, 64, True), (112, 48, 128, True), (96, 32, FEW_ROWS, False)]
+    "batch, pages, rows, pairs",
+    [
+        (96, 32, ONE_TILE, "neighbours"),  # whole at some pages more than their share
+        (120, 48, ONE_TILE, "neighbours"),  # whole by the least length of splits
+        (96, 4, ONE_TILE, "neighbours"),
+        (56, 64, ONE_TILE, "neighbours"),  # cut in two
+        (96, 32, FEW_ROWS, "halves"),
+        (56, 64, FEW_ROWS, "halves"),
+    ],
 )
-def test_idle_parts_lie_between_whole_sequences_but_with_few_rows_behind_them(batch, pages, rows, apart):
-    """So no two parts 2 k and 2 k + 1, with one tile the SMs of a TPC, are idle; few rows are spread by their
-    kernel."""
+def test_with_one_tile_the_sms_of_a_gpu_are_busy_alike(batch, pages, rows, pairs):
+    """Parts 2 k and 2 k + 1 have the SMs of a TPC, with few rows parts k and k + 66: of any 11 TPCs as many
+    are busy, but for one or two, and none has both idle."""
     busy = [bool(part) for part in shares([pages * PAGE_SIZE] * batch, 132, rows)]
-    assert sum(busy) == batch and not is_cut([pages * PAGE_SIZE] * batch, 132, rows)
-    assert all(map(any, zip(busy[::2], busy[1::2], strict=True))) == apart
-    assert all(busy[:batch]) != apart
+    first, second = (busy[::2], busy[1::2]) if pairs == "neighbours" else (busy[:66], busy[66:])
+    counts = [sum(sms) for sms in zip(first, second, strict=True)]
+    of_eleven = [sum(counts[i : i + 11]) for i in range(0, 66, 11)]
+    assert min(counts) == 1 and max(of_eleven) - min(of_eleven) <= 2
+
+
+@pytest.mark.parametrize("batch, pages", [(56, 48), (28, 64)])
+def test_with_several_tiles_idle_parts_are_the_last(batch, pages):
+    busy = [bool(part) for part in shares([pages * PAGE_SIZE] * batch, 66, TWO_TILES)]
+    assert 56 == sum(busy) == sum(busy[:56])
+
+
+@given(st.integers(1, 200), st.data(), st.sampled_from([FEW_ROWS, ONE_TILE, TWO_TILES]))
+def test_idle_parts_lie_before_sequences_as_many_as_there_are(parts, data, rows):
+    busy = data.draw(st.integers(1, parts))
+    gaps = [idle_before(begin, busy, parts, rows) for begin in range(busy)]
+    assert gaps[0] == 0 and gaps == sorted(gaps) and gaps[-1] <= parts - busy
 
 
 @pytest.mark.parametrize("pages, least, share", [(21, 11, 10), (27, 14, 12), (37, 19, 16)])
@@ -198,7 +220,7 @@ def test_few_rows_have_splits_of_a_least_length_and_else_those_of_one_tile(lengt
         longest = max(split.page_end - split.page_begin for split in splits_of(few[0], lengths))
         assert longest <= max(least, PARTIAL_COST + 1)
     elif of_one_tile < LONG_SPLITS and of_one_tile <= fair_share(lengths, parts) + PARTIAL_COST:
-        assert all(map(torch.equal, few, plan(lengths, parts, 0, ONE_TILE)))
+        assert few[1].equal(plan(lengths, parts, 0, ONE_TILE)[1])
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ __device__ inline unsigned least_of_few_rows(unsigned num_parts, unsigned longes
     return whole ? half : min(half, few_pages);
 }
 
+// How many splits of up to `length` pages all sequences have.
+template <int kWarps>
+__device__ inline unsigned count_splits(const PlanParams& params, unsigned pages, unsigned length) {
+    unsigned splits[1] = {};
+    for_own_sequences<kWarps>(params, pages, [&](unsigned n) { splits[0] += num_splits(n, length); });
+    block_sum<kWarps>(splits);
+    return splits[0];
+}
+
 // The least length of splits, of those that layout.py's _a_split_a_part looks at, with which a split a part
 // is enough; 0 where there is none. `share`: of the line; `busy`: becomes how many splits that are.
 template <int kWarps>
@@ -85,12 +94,9 @@ __device__ inline unsigned split_length(const PlanParams& params, unsigned pages
     while (low < high) {
         const unsigned middle = try_least ? low : (low + high) / 2;
         try_least = false;
-        unsigned splits[1] = {};
-        for_own_sequences<kWarps>(params, pages,
-                                  [&](unsigned n) { splits[0] += num_splits(n, length(middle)); });
-        block_sum<kWarps>(splits);
-        const bool enough = splits[0] <= static_cast<unsigned>(params.num_parts);
-        busy = enough ? splits[0] : busy;
+        const unsigned splits = count_splits<kWarps>(params, pages, length(middle));
+        const bool enough = splits <= static_cast<unsigned>(params.num_parts);
+        busy = enough ? splits : busy;
         high = enough ? middle : high;
         low = enough ? low : middle + 1;
     }
@@ -113,18 +119,23 @@ __device__ inline unsigned most_whole(const PlanParams& params, unsigned share) 
     return share + more + kCutCost;
 }
 
-// split_length's, or two pages where TWO_PAGE_SPLITS of layout.py says so. `longest`: least_of_few_rows'.
-__device__ inline unsigned two_pages(const PlanParams& params, unsigned split, unsigned busy,
-                                     unsigned longest) {
-    if (split != 1 || 100 * busy <= kBusyPercent * params.num_parts) return split;
-    const bool many = __syncthreads_or(longest > kTwoPageSplits);
-    return split + (many && !__syncthreads_or(longest > 2 * kTwoPageSplits));
+// Whether splits of one page have two: TWO_PAGE_SPLITS of layout.py. `longest`: least_of_few_rows'.
+__device__ inline bool take_two_pages(const PlanParams& params, unsigned split, unsigned busy,
+                                      unsigned longest) {
+    if (!params.full_tiles || split != 1 || 100 * busy <= kBusyPercent * params.num_parts) return false;
+    return __syncthreads_or(longest > kTwoPageSplits) && !__syncthreads_or(longest > 2 * kTwoPageSplits);
+}
+
+// layout.py's of this name.
+__device__ inline unsigned idle_before(const PlanParams& params, unsigned begin, unsigned busy) {
+    const unsigned parts = params.num_parts, dense = params.few_rows ? min(parts - 1, ceil_div(parts, 2)) : 0;
+    return params.one_tile && begin > dense ? (parts - busy) * (begin - dense) / (busy - dense) : 0;
 }
 
 // How the plan lays sequences out.
 struct Layout {
     unsigned split = 0;  // pages of a split at most, of which each has a part of its own; 0: on a line
-    bool apart = false;  // with `split`, where that cuts none: idle parts between them, not behind them
+    unsigned busy = 0;   // parts, with `split`
     bool whole = false;  // on a line: nothing is cut
     Shares line;
 
@@ -148,7 +159,7 @@ struct Layout {
     __device__ void place(const PlanParams& params, Sequence& seq, unsigned begin, unsigned extent) const {
         seq.page_0 = begin + kStartCost;
         if (split > 0) {
-            seq.first_part = apart ? begin * params.num_parts / params.batch : begin;
+            seq.first_part = begin + idle_before(params, begin, busy);
             seq.last_part = seq.first_part + extent - 1;
             return;
         }

@@ -69,24 +69,29 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
     block_sum<kWarps>(length);
     const Shares line(length[0], num_parts);
     Layout layout{.line = line};
-    unsigned busy = 0;
     if (batch > num_parts) {
         layout.whole = fits_whole<kWarps>(params, pages, line, sequences);
     } else {
         const unsigned least =
             params.few_rows ? least_of_few_rows(num_parts, longest, length[0] - kStartCost * batch) : 1;
-        layout.split = split_length<kWarps>(params, pages, least, line.longest(), busy);
-        if (params.full_tiles) layout.split = two_pages(params, layout.split, busy, longest);
+        layout.split = split_length<kWarps>(params, pages, least, line.longest(), layout.busy);
+        if (take_two_pages(params, layout.split, layout.busy, longest)) {
+            layout.split = 2;
+            layout.busy = count_splits<kWarps>(params, pages, 2);
+        }
         const unsigned most = most_whole(params, line.longest());
         if (layout.split == 0 && __syncthreads_and(kStartCost + longest <= most)) {
             layout.split = most;  // so many pages: none is cut
-            layout.apart = !params.few_rows;
+            layout.busy = batch;
         }
     }
     unsigned given = 0;  // to the thread's sequence, of the parts left over; whole ones want none
-    if constexpr (kOneRound)
-        if (!params.few_rows && layout.split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles))
-            given = given_out(layout.extent(pages), num_parts - busy, batch);
+    if constexpr (kOneRound) {
+        if (!params.few_rows && layout.split >= (params.one_tile ? kLongSplits : kLongSplitsOfTiles)) {
+            given = given_out(layout.extent(pages), num_parts - layout.busy, batch);
+            layout.busy += __reduce_add_sync(~0u, given);
+        }
+    }
 
     // Sums over the rounds before: extents; splits and cut sequences; rows.
     unsigned extents[1] = {}, splits[2] = {}, rows = 0;

@@ -5,13 +5,17 @@
 //
 // Sums are 32 bits wide, as in plan.cu: of 2^31 pages and more rows are wrong, but no store goes astray.
 #include "../cuda_check.h"
-#include "../params.h"
+#include "layout.cuh"
 
 namespace mla {
 namespace {
 
-constexpr unsigned kChunkCost = 1;  // CHUNK_COST of chunk_layout.py
-constexpr unsigned kBudgets = 32;   // that are tried: a lane each
+constexpr unsigned kBudgets = 32;  // that are tried: a lane each
+
+// Of ending a chunk: chunk_cost() of chunk_layout.py.
+__device__ unsigned chunk_cost(int level) {
+    return level - 1;
+}
 
 // A sequence's pages, and how they are cut into chunks. One without pages counts as one of a page.
 struct Chunks {
@@ -23,8 +27,8 @@ struct Chunks {
     __device__ Chunks(unsigned seq_pages, int level)
         : pages(max(seq_pages, 1u)),
           length(1u << chunk_log2(seq_pages, level)),
-          cost(length + kChunkCost),
-          total_cost(pages + (pages + length - 1) / length * kChunkCost) {}
+          cost(length + chunk_cost(level)),
+          total_cost(pages + (pages + length - 1) / length * chunk_cost(level)) {}
 };
 
 // Sequences handed out so far: parts are filled up to `budget`.
@@ -68,59 +72,61 @@ struct Filler {
     }
 };
 
-// Pages of the warp's next 32 sequences, a lane each; past the batch's end none.
-__device__ unsigned load_pages(const PlanParams& params, unsigned base) {
-    const unsigned seq = base + threadIdx.x;
-    return seq < static_cast<unsigned>(params.batch) ? pages_of(params.seq_lens[seq]) : 0;
-}
-
 // Calls `work` with each sequence and its chunks, all lanes together.
 template <typename Work>
 __device__ void for_each_sequence(const PlanParams& params, Work&& work) {
     const unsigned batch = params.batch;
 #pragma unroll 1
     for (unsigned base = 0; base < batch; base += 32) {
-        const unsigned pages = load_pages(params, base);
+        const unsigned pages = load_pages(params, base + threadIdx.x);
 #pragma unroll 1
         for (unsigned i = 0; i < min(32u, batch - base); ++i)
             work(base + i, Chunks(__shfl_sync(~0u, pages, i), params.chunk_level));
     }
 }
 
-// The least of the budgets with which there are enough parts.
-__device__ unsigned choose_budget(const PlanParams& params) {
+// The least of the budgets with which there are enough parts, and how many parts are busy with it.
+struct Choice {
+    unsigned budget, busy;
+};
+__device__ Choice choose_budget(const PlanParams& params) {
     const unsigned num_parts = params.num_parts;
     unsigned total = 0, largest = 0;  // cost of all, and of the dearest chunk
     for (int seq = threadIdx.x; seq < params.batch; seq += kBudgets) {
         const Chunks chunks(pages_of(params.seq_lens[seq]), params.chunk_level);
         total += kStartCost + chunks.total_cost;
-        largest = max(largest, min(chunks.length, chunks.pages) + kChunkCost);
+        largest = max(largest, min(chunks.length, chunks.pages));
     }
     total = __reduce_add_sync(~0u, total);
-    largest = __reduce_max_sync(~0u, largest);
+    largest = __reduce_max_sync(~0u, largest) + chunk_cost(params.chunk_level);
     const unsigned least = max((total + num_parts - 1) / num_parts, kStartCost + largest);
     Filler filler(least + (2 * kStartCost + largest) * threadIdx.x / (kBudgets - 1));
     for_each_sequence(params, [&](unsigned, const Chunks& chunks) { filler.take(chunks); });
     const unsigned enough = __ballot_sync(~0u, filler.part < num_parts);  // the last budget always is
-    return __shfl_sync(~0u, filler.budget, enough ? __ffs(enough) - 1 : kBudgets - 1);
+    const int lane = enough ? __ffs(enough) - 1 : kBudgets - 1;
+    return {__shfl_sync(~0u, filler.budget, lane), __shfl_sync(~0u, filler.part, lane) + 1};
 }
 
 __global__ void __launch_bounds__(kBudgets) plan_chunks_kernel(const __grid_constant__ PlanParams params) {
     const unsigned lane = threadIdx.x;
     for (int part = lane; part < params.num_parts; part += kBudgets)
         params.parts[part] = PartPlan{.first_seq = params.batch};
-    Filler filler(choose_budget(params));
+    const Choice choice = choose_budget(params);
+    Filler filler(choice.budget);
     unsigned splits = 0, cut = 0;  // so far: in all; sequences that have several
+    unsigned last = 0, idle = 0;   // the last busy part so far, and how many idle ones lie before it
     if (lane == 0) params.num_splits[0] = 0;
     for_each_sequence(params, [&](unsigned seq, const Chunks& chunks) {
         const Filler::Pieces pieces = filler.take(chunks);
         const int count = pieces.handed_over ? -2 : static_cast<int>(pieces.count);
+        if (pieces.first_part > last) idle = idle_before(params, pieces.first_part, choice.busy);
+        last = pieces.first_part + pieces.count - 1;
         __syncwarp();  // rows that the sequence before wrote are there
         for (unsigned piece = lane; piece < pieces.count; piece += kBudgets) {
             const auto page_at = [&](unsigned i) {
                 return i == 0 ? 0 : (pieces.head + (i - 1) * pieces.each) * chunks.length;
             };
-            const unsigned part = pieces.first_part + piece;
+            const unsigned part = idle + pieces.first_part + piece;
             if (part >= static_cast<unsigned>(params.num_parts)) break;
             PartPlan& row = params.parts[part];
             if (row.first_seq == params.batch) {

@@ -142,7 +142,7 @@ def _a_split_a_part(pages: Sequence[int], parts: int, share: int, rows: int) -> 
     long = LONG_SPLITS if is_one_tile(rows) else LONG_SPLITS_OF_TILES
     if length >= long and len(pages) <= FEW_SEQUENCES and not is_few(rows):
         splits = _give_out(parts - sum(splits), splits)
-    return _in_turn(pages, splits)
+    return _in_turn(pages, splits, parts, rows)
 
 
 def _give_out(spare: int, splits: list[int]) -> list[int]:
@@ -159,13 +159,25 @@ def _give_out(spare: int, splits: list[int]) -> list[int]:
     return given
 
 
-def _in_turn(pages: Sequence[int], splits: list[int]) -> Layout:
+def _in_turn(pages: Sequence[int], splits: list[int], parts: int, rows: int) -> Layout:
     """Each sequence cut evenly into so many splits, each split on a part of its own."""
-    end = list(accumulate(splits))
-    first = [e - k for e, k in zip(end, splits, strict=True)]
-    return Layout(
-        first, [e - 1 for e in end], lambda seq, part: _share(pages[seq], splits[seq], part - first[seq])
-    )
+    busy = list(accumulate(splits))
+    first = [n - k + idle_before(n - k, busy[-1], parts, rows) for n, k in zip(busy, splits, strict=True)]
+    last = [part + k - 1 for part, k in zip(first, splits, strict=True)]
+    return Layout(first, last, lambda seq, part: _share(pages[seq], splits[seq], part - first[seq]))
+
+
+def idle_before(begin: int, busy: int, parts: int, rows: int) -> int:
+    """How many of the idle parts lie before a sequence that begins with the busy part of number `begin`.
+
+    With one tile of rows a TPC's two SMs have a part each, and either gets more bandwidth while the other is
+    idle: idle parts lie between sequences, all along. With few rows the kernel gives the first half of the
+    parts a TPC each, and idle ones lie between the others. With several tiles both SMs have the same part.
+    """
+    if not is_one_tile(rows):
+        return 0
+    dense = min(parts - 1, ceil_div(parts, 2)) if is_few(rows) else 0  # first_of_last_half() of work.cuh
+    return (parts - busy) * (begin - dense) // (busy - dense) if begin > dense else 0
 
 
 def _least_of_few_rows(pages: Sequence[int], parts: int) -> int:
@@ -204,24 +216,20 @@ class _Line:
 
 
 def _whole_sequences(line: _Line, rows: int) -> Layout | None:
-    """Nothing cut: each sequence on a part of its own, or on the part whose share of the line has its middle.
+    """Nothing cut: each sequence on a part of its own, or with more sequences than parts on the part whose
+    share of the line has its middle. Then a part whose share lies within a sequence may be idle.
 
-    None where a part would cost too much beside the worst one of `_on_a_line`. A part whose share lies within
-    a sequence may be idle. Where none has more than one, idle parts lie between them: with one tile a TPC's
-    two SMs have a part each, and either gets more bandwidth while the other is idle. But with few rows the
-    last parts are idle, as the kernel takes it.
+    None where a part would cost too much beside the worst one of `_on_a_line`.
     """
-    batch = len(line.pages)
-    if batch <= line.parts:
-        part = [seq if is_few(rows) else seq * line.parts // batch for seq in range(batch)]
+    if len(line.pages) <= line.parts:
+        layout = _in_turn(line.pages, [1] * len(line.pages), line.parts, rows)
     else:
-        part = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
+        middle = [line.part_of(e - n + n // 2) for e, n in zip(line.end, line.taken, strict=True)]
+        layout = Layout(middle, middle, lambda seq, p: 0 if p == middle[seq] else line.pages[seq])
     cost = [0] * line.parts
-    for p, n in zip(part, line.taken, strict=True):
-        cost[p] += n
-    if max(cost) > _most_whole(line, rows):
-        return None
-    return Layout(part, part, lambda seq, p: 0 if p == part[seq] else line.pages[seq])
+    for part, n in zip(layout.first_part, line.taken, strict=True):
+        cost[part] += n
+    return layout if max(cost) <= _most_whole(line, rows) else None
 
 
 def _most_whole(line: _Line, rows: int) -> int:

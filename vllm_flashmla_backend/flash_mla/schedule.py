@@ -126,7 +126,7 @@ def plan(
     """
     pages = [num_pages(length) for length in cache_seqlens]
     if chunk_level > 0:
-        layout = lay_out_chunks(pages, parts, chunk_level)
+        layout = lay_out_chunks(pages, parts, chunk_level, rows_per_kv_head)
     else:
         layout = lay_out(pages, parts, rows_per_kv_head)
 
