@@ -132,6 +132,13 @@ __host__ __device__ inline int pages_of(int seq_len) {
     return seq_len <= 0 ? 0 : (static_cast<unsigned>(seq_len) - 1) / kPageSize + 1;
 }
 
+// The first part of the last half; the only part, if there is one. Few rows' kernel gives the parts before it
+// a TPC each, and the planner leaves none of them idle while later ones are busy.
+__host__ __device__ inline int first_of_last_half(int num_parts) {
+    const int last = num_parts - 1, half = (num_parts + 1) / 2;
+    return last < half ? last : half;
+}
+
 // The batch-invariant mode works on a sequence in chunks, from its first page on, and merges these in order.
 // Their length is the same wherever the sequence is decoded, and a power of two: at level 1 about the root of
 // its pages up to 16, then 8 up to 128, then 16; twice as much at level 2. Returns the power.

@@ -9,16 +9,19 @@ from plan_strategies import LENGTHS, PARTS
 
 from vllm_flashmla_backend.flash_mla.chunk_layout import _fill, chunk_cost, cost_of, fill_parts
 from vllm_flashmla_backend.flash_mla.chunks import chunk_pages, most_chunks, num_chunks
-from vllm_flashmla_backend.flash_mla.layout import START_COST, ceil_div
+from vllm_flashmla_backend.flash_mla.layout import FEW_ROWS, START_COST, TILE_ROWS, ceil_div
 from vllm_flashmla_backend.flash_mla.schedule import Field, chunk_level, num_pages, plan, splits_of
 
 LEVELS = st.sampled_from([1, 2])
+# query rows, chunk_level; which level is up to the longest query that there may be
+MODES = st.sampled_from([(FEW_ROWS, 1), (FEW_ROWS, 2), (TILE_ROWS, 2), (2 * TILE_ROWS, 2)])
 
 
-@given(LENGTHS, PARTS, LEVELS)
-def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
+@given(LENGTHS, PARTS, MODES)
+def test_sequences_are_cut_between_chunks_alone(lengths, parts, mode):
+    rows, level = mode
     next_page = [0] * len(lengths)
-    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+    for split in splits_of(plan(lengths, parts, level, rows)[0], lengths):
         assert split.page_begin == next_page[split.seq] <= split.page_end
         next_page[split.seq] = split.page_end
         if split.page_end < num_pages(lengths[split.seq]):
@@ -26,25 +29,27 @@ def test_sequences_are_cut_between_chunks_alone(lengths, parts, level):
     assert next_page == [num_pages(length) for length in lengths]
 
 
-@given(LENGTHS, PARTS, LEVELS)
-def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, level):
+@given(LENGTHS, PARTS, MODES)
+def test_each_cut_sequence_has_a_place_for_its_chunks(lengths, parts, mode):
     """The kernels count the places by the plan's slots: a split's part, and the cut sequences before."""
+    rows, level = mode
     places = {}
-    for split in splits_of(plan(lengths, parts, level)[0], lengths):
+    for split in splits_of(plan(lengths, parts, level, rows)[0], lengths):
         if split.splits > 1:
             places.setdefault(split.seq, set()).add(split.slot - split.part)
     assert [places[seq] for seq in sorted(places)] == [{place} for place in range(len(places))]
     assert len(places) <= min(len(lengths), parts - 1)
 
 
-@example([6452, 11088, 7932, 19014], 3, 2)
-@given(LENGTHS, PARTS, LEVELS)
-def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
+@example([6452, 11088, 7932, 19014], 3, (TILE_ROWS, 2))
+@given(LENGTHS, PARTS, MODES)
+def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, mode):
     """A part begins with its last sequence, and ends with its first one. Where it goes on with a sum, it
     waits until the part before has that, and is done within the budget all the same."""
+    rows, level = mode
     pages = [num_pages(length) for length in lengths]
     budget, _ = fill_parts(pages, parts, level)
-    metadata, _ = plan(lengths, parts, level)
+    metadata, _ = plan(lengths, parts, level, rows)
     of_part = {}
     for split in splits_of(metadata, lengths):
         piece = max(1, split.page_end - split.page_begin)
@@ -58,7 +63,7 @@ def test_no_part_that_goes_on_with_a_sum_is_late(lengths, parts, level):
 
 def test_few_rows_cut_no_sequence_that_takes_a_part_as_long_as_the_longest_chunk():
     """31 of 1,024 tokens beside one of 51,200, whose 50 chunks of 16 pages have a part each."""
-    _, num_splits = plan([51200] + [1024] * 31, 132, 1)
+    _, num_splits = plan([51200] + [1024] * 31, 132, 1, FEW_ROWS)
     assert num_splits.diff().tolist() == [50] + [1] * 31
 
 

@@ -146,13 +146,13 @@ def test_with_one_tile_of_rows_whole_sequences_may_cost_more(batch, pages, parts
     ],
 )
 def test_with_one_tile_the_sms_of_a_gpu_are_busy_alike(batch, pages, rows, pairs):
-    """Parts 2 k and 2 k + 1 have the SMs of a TPC, with few rows parts k and k + 66: of any 11 TPCs as many
-    are busy, but for one or two, and none has both idle."""
+    """Parts 2 k and 2 k + 1 have the SMs of a TPC, with few rows parts k and k + 66. No TPC has both idle,
+    and each sixth of the TPCs has as many busy ones, but for one or two."""
     busy = [bool(part) for part in shares([pages * PAGE_SIZE] * batch, 132, rows)]
     first, second = (busy[::2], busy[1::2]) if pairs == "neighbours" else (busy[:66], busy[66:])
     counts = [sum(sms) for sms in zip(first, second, strict=True)]
-    of_eleven = [sum(counts[i : i + 11]) for i in range(0, 66, 11)]
-    assert min(counts) == 1 and max(of_eleven) - min(of_eleven) <= 2
+    of_sixth = [sum(counts[i : i + 11]) for i in range(0, 66, 11)]
+    assert min(counts) == 1 and max(of_sixth) - min(of_sixth) <= 2
 
 
 @pytest.mark.parametrize("batch, pages", [(56, 48), (28, 64)])

@@ -13,7 +13,8 @@ from vllm_flashmla_backend.flash_mla.layout import TILE_ROWS
 from vllm_flashmla_backend.flash_mla.planning import plan_into
 from vllm_flashmla_backend.flash_mla.schedule import PAGE_SIZE, plan
 
-MODES = [(128, 0), (PLAIN_ROWS, 0), (TILE_ROWS, 0), (16, 0), (16, 1), (128, 2)]  # query rows, chunk_level
+# query rows, chunk_level
+MODES = [(128, 0), (PLAIN_ROWS, 0), (TILE_ROWS, 0), (16, 0), (16, 1), (16, 2), (TILE_ROWS, 2), (128, 2)]
 
 
 def assert_kernel_plans_the_same(lengths: list[int], parts: int, rows: int, chunk_level: int) -> None:
@@ -91,12 +92,13 @@ def test_planner_kernel_gives_the_same_bytes_for_any_batch(lengths, parts, mode)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("parts, batch", [(16, 512), (132, 128)])
 @pytest.mark.parametrize("mode", MODES)
-def test_planner_kernel_stays_within_its_buffers_whatever_the_lengths(mode):
+def test_planner_kernel_stays_within_its_buffers_whatever_the_lengths(mode, parts, batch):
     """Pages beyond what it can count: rows may be wrong, but none is written elsewhere."""
-    around = torch.full((48, 8), -7, dtype=torch.int32, device="cuda")
-    num_splits = torch.full((515,), -7, dtype=torch.int32, device="cuda")
-    lengths = torch.full((512,), 2**31 - 1, dtype=torch.int32, device="cuda")
-    plan_into(lengths, around[16:32], num_splits[1:514], *mode)
-    assert (around[:16] == -7).all() and (around[32:] == -7).all()
-    assert num_splits[0] == num_splits[514] == -7
+    around = torch.full((parts + 32, 8), -7, dtype=torch.int32, device="cuda")
+    num_splits = torch.full((batch + 3,), -7, dtype=torch.int32, device="cuda")
+    lengths = torch.full((batch,), 2**31 - 1, dtype=torch.int32, device="cuda")
+    plan_into(lengths, around[16:-16], num_splits[1:-1], *mode)
+    assert (around[:16] == -7).all() and (around[-16:] == -7).all()
+    assert num_splits[0] == num_splits[-1] == -7

@@ -13,7 +13,7 @@ from plan_strategies import LENGTHS, PARTS, ROWS, TWO_TILES
 
 from vllm_flashmla_backend.flash_mla import get_mla_metadata, reference
 from vllm_flashmla_backend.flash_mla.checks import check_values
-from vllm_flashmla_backend.flash_mla.layout import FEW_ROWS, TILE_ROWS, ceil_div
+from vllm_flashmla_backend.flash_mla.layout import FEW_ROWS, TILE_ROWS, ceil_div, first_of_last_half
 from vllm_flashmla_backend.flash_mla.planning import num_parts, plan_into
 from vllm_flashmla_backend.flash_mla.schedule import (
     METADATA_WIDTH,
@@ -60,13 +60,12 @@ def test_idle_parts_are_marked_and_come_last_where_tiles_are_several_and_sequenc
     assert all((row == idle) == (part not in busy) for part, row in enumerate(metadata.tolist()))
 
 
-@given(LENGTHS, PARTS)
-def test_an_idle_part_amid_few_rows_means_that_all_later_ones_are(lengths, parts):
+@given(LENGTHS, PARTS, st.sampled_from([0, 1, 2]))
+def test_few_rows_with_the_last_halfs_first_part_idle_have_all_of_it_idle(lengths, parts, chunk_level):
     """loader.cuh's half_is_idle looks at the first part of the last half alone, up to a sequence a part."""
     lengths = lengths[:parts]
-    metadata, _ = plan(lengths, parts, 0, rows_per_kv_head=FEW_ROWS)
-    half = min(parts - 1, (parts + 1) // 2)
-    idle = (metadata[half:, Field.FIRST_SEQ] >= len(lengths)).tolist()
+    metadata, _ = plan(lengths, parts, chunk_level, FEW_ROWS)
+    idle = (metadata[first_of_last_half(parts) :, Field.FIRST_SEQ] >= len(lengths)).tolist()
     assert all(idle) or not idle[0]
 
 

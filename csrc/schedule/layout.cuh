@@ -128,14 +128,15 @@ __device__ inline bool take_two_pages(const PlanParams& params, unsigned split, 
 
 // layout.py's of this name.
 __device__ inline unsigned idle_before(const PlanParams& params, unsigned begin, unsigned busy) {
-    const unsigned parts = params.num_parts, dense = params.few_rows ? min(parts - 1, ceil_div(parts, 2)) : 0;
-    return params.one_tile && begin > dense ? (parts - busy) * (begin - dense) / (busy - dense) : 0;
+    const unsigned dense = params.few_rows ? first_of_last_half(params.num_parts) : 0;
+    if (!params.one_tile || begin <= dense) return 0;
+    return (params.num_parts - busy) * (begin - dense) / (busy - dense);
 }
 
 // How the plan lays sequences out.
 struct Layout {
     unsigned split = 0;  // pages of a split at most, of which each has a part of its own; 0: on a line
-    unsigned busy = 0;   // parts, with `split`
+    unsigned busy = 0;   // how many parts are, with `split`
     bool whole = false;  // on a line: nothing is cut
     Shares line;
 
@@ -159,7 +160,7 @@ struct Layout {
     __device__ void place(const PlanParams& params, Sequence& seq, unsigned begin, unsigned extent) const {
         seq.page_0 = begin + kStartCost;
         if (split > 0) {
-            seq.first_part = begin + idle_before(params, begin, busy);
+            seq.first_part = begin + (extent > 0 ? idle_before(params, begin, busy) : 0);
             seq.last_part = seq.first_part + extent - 1;
             return;
         }

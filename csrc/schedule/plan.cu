@@ -4,8 +4,9 @@
 // the parts' rows. A batch of more sequences than threads takes several rounds, and only there lengths are
 // read again. Where there are several blocks, each computes the whole plan and writes rows of its own.
 //
-// Sums are 32 bits wide: the pages of a batch are less than 2^31. Beyond, rows are wrong, but no store goes
-// astray, as each thread writes a row of its own.
+// Sums are 32 bits wide: the pages of a batch are less than 2^31, and the parts no more than 2^16. Beyond,
+// rows are wrong (a quotient by 0 is some number), but no store goes astray, as each thread writes a row of
+// its own.
 #include "../cuda_check.h"
 #include "layout.cuh"
 
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
 
         // The parts on these sequences; at the batch's end the idle ones too.
         const bool at_end = kOneRound || base + count == batch;
-        // Those between two rounds, idle where nothing is cut, belong to the later one.
+        // Idle ones between two rounds belong to the later one.
         const unsigned first = kOneRound ? 0 : min(rows, sequences[0].first_part);
         const unsigned end = at_end ? num_parts : min(num_parts, sequences[count - 1].last_part + 1);
 #pragma unroll 1

@@ -12,9 +12,9 @@ namespace {
 
 constexpr unsigned kBudgets = 32;  // that are tried: a lane each
 
-// Of ending a chunk: chunk_cost() of chunk_layout.py.
+// chunk_layout.py's of this name.
 __device__ unsigned chunk_cost(int level) {
-    return level - 1;
+    return level - 1;  // of 1 and 2
 }
 
 // A sequence's pages, and how they are cut into chunks. One without pages counts as one of a page.

@@ -106,8 +106,9 @@ struct ChunkSum {
 
 // Lane 2 r + i of a half-warp has columns 4 i to 4 i + 3 of row r of an octet, in kVectors groups of columns,
 // each second one; kLoads of these vectors are under way together. Merged are `count` results: the first,
-// that of all chunks before chunk `second`, and those from there on. Past the last one come results that
-// change nothing: with branches between them each would wait for the exponentials of the one before.
+// that of all chunks before chunk `second`, and those from there on: two or more, so their sum has no
+// subnormal numbers, and results past the last one do not change it. Branches between results, in place of
+// these, would have each wait for the exponentials of the one before.
 template <typename T, int kLoads, int kVectors>
 __device__ inline void merge_item(const DecodeParams& params, const RowTile& tile, const Split& piece,
                                   const ChunkPartial& first, int second, int count, int octet, int group) {
@@ -130,7 +131,7 @@ __device__ inline void merge_item(const DecodeParams& params, const RowTile& til
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 const auto* vector = reinterpret_cast<const float4*>(at + 2 * v * ChunkPartial::kGroupFloats);
-                value[i][v] = make_float4(-0.f, -0.f, -0.f, -0.f);  // what added leaves zeros their sign
+                value[i][v] = make_float4(-0.f, -0.f, -0.f, -0.f);  // adding it keeps a zero's sign
                 if (is_there) value[i][v] = ptx::load(vector, read_once);
             }
             const int rows = begin + i == 0 ? second * to_next : to_next;

@@ -36,7 +36,7 @@ class Loader {
         ptx::prefetch(params_.seq_lens + seq);
         first_index_ = params_.block_table[seq * params_.block_table_stride + page];
         if (Storage::kHalfMayIdle && params_.batch <= params_.num_parts)
-            first_seq_of_half_ = params_.parts[first_of_last_half(params_)].first_seq;
+            first_seq_of_half_ = params_.parts[first_of_last_half(params_.num_parts)].first_seq;
         // The query to the L2, by one of the blocks that share it. A ragged one lies behind another trip.
         if (page == 0 && !params_.cu_seqlens_q) prefetch_query(seq);
     }
@@ -103,7 +103,8 @@ class Loader {
     }
 
     // Whether half of the SMs are. Then memory has time to bring a page to the L2 while its place is in use;
-    // else that costs 1 to 3 %. With more sequences than parts, one idle part says nothing of the others.
+    // else that costs 1 to 3 %. The last half's first part tells, as layout.py's idle_before leaves none idle
+    // up to it; with more sequences than parts it says nothing of the others.
     __device__ bool half_is_idle() const { return first_seq_of_half_ >= params_.batch; }
 
     __device__ void prefetch_page(int page_index) {

@@ -6,16 +6,11 @@
 
 namespace mla {
 
-// The first part of the last half; the only part, if there is one.
-__device__ inline int first_of_last_half(const DecodeParams& params) {
-    return min(params.num_parts - 1, (params.num_parts + 1) / 2);
-}
-
 // Which part a block works on. Blocks 2 k and 2 k + 1 run on the two SMs that share a way to memory: where
 // plans may leave the last half of the parts idle, the busy ones are spread over every second block.
 __device__ inline int part_of_block(const DecodeParams& params, bool half_may_idle) {
     const unsigned block = blockIdx.y;
-    return half_may_idle ? block / 2 + block % 2 * first_of_last_half(params) : block;
+    return half_may_idle ? block / 2 + block % 2 * first_of_last_half(params.num_parts) : block;
 }
 
 // In which order a part works on its sequences. The batch-invariant mode begins with the last one, so that

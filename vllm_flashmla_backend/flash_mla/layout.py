@@ -160,23 +160,31 @@ def _give_out(spare: int, splits: list[int]) -> list[int]:
 
 
 def _in_turn(pages: Sequence[int], splits: list[int], parts: int, rows: int) -> Layout:
-    """Each sequence cut evenly into so many splits, each split on a part of its own."""
+    """Each sequence cut evenly into so many splits, each split on a part of its own; what is left over lies
+    between sequences (`idle_before`)."""
     busy = list(accumulate(splits))
     first = [n - k + idle_before(n - k, busy[-1], parts, rows) for n, k in zip(busy, splits, strict=True)]
     last = [part + k - 1 for part, k in zip(first, splits, strict=True)]
     return Layout(first, last, lambda seq, part: _share(pages[seq], splits[seq], part - first[seq]))
 
 
+def first_of_last_half(parts: int) -> int:
+    """The first part of the last half; the only part, if there is one. As in csrc/params.h."""
+    return min(parts - 1, ceil_div(parts, 2))
+
+
 def idle_before(begin: int, busy: int, parts: int, rows: int) -> int:
     """How many of the idle parts lie before a sequence that begins with the busy part of number `begin`.
 
     With one tile of rows a TPC's two SMs have a part each, and either gets more bandwidth while the other is
-    idle: idle parts lie between sequences, all along. With few rows the kernel gives the first half of the
-    parts a TPC each, and idle ones lie between the others. With several tiles both SMs have the same part.
+    idle: idle parts lie between sequences, all along. With few rows the kernel gives the parts of the first
+    half a TPC each, and those of the last half the other SMs: idle ones lie among these. With several tiles
+    both SMs have the same part, and idle ones are the last. (So it is with several KV heads, too, which the
+    plan does not know of.)
     """
     if not is_one_tile(rows):
         return 0
-    dense = min(parts - 1, ceil_div(parts, 2)) if is_few(rows) else 0  # first_of_last_half() of work.cuh
+    dense = first_of_last_half(parts) if is_few(rows) else 0
     return (parts - busy) * (begin - dense) // (busy - dense) if begin > dense else 0
 
 
