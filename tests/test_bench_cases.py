@@ -89,13 +89,20 @@ def test_a_case_is_parsed_from_its_words(case):
     assert Case.parse(str(case).replace(" s_q=1", " ")) == case
 
 
+def test_a_cases_words_may_come_in_any_order():
+    assert Case.parse("one long h=16 float16 s_k=900 b=4 s_q=2") == Case(4, 2, 900, 16, "one long", "float16")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         ("b=32 h=16", "--case: no s_k= in 'b=32 h=16', expected a case as in 'b=32 s_k=4096 h=16'"),
         ("b=32 s_k=4096 h=16 random", "'random' in 'b=32 s_k=4096 h=16 random', expected"),
         ("b=32 s_k=4096 h=abc", "'h=abc' in 'b=32 s_k=4096 h=abc', expected"),
-        ("h=16 b=32 s_k=4096", "--case: 'h=16 b=32 s_k=4096', expected"),
+        (
+            "b=32 s_k=4096 h=16 b=64",
+            "'b=64', the second of its kind, in 'b=32 s_k=4096 h=16 b=64', expected",
+        ),
         ("b=32 s_k=4096 h=16 one", "lengths are fixed, normal, one long"),
         ("b=0 s_k=4096 h=16", "expected b from 1 to 65,536"),
         ("b=1 s_k=2147483648 h=16", "and up to 2,147,483,647 tokens in all"),

@@ -10,11 +10,10 @@ LENGTHS = ("fixed", "normal", "one long")
 LONG = 50  # how many times longer than the others the first sequence of "one long" is
 SEED = 0
 
-WORDS = re.compile(
-    r"b=(?P<b>[0-9]+)( s_q=(?P<s_q>[0-9]+))? s_k=(?P<s_k>[0-9]+) h=(?P<h_q>[0-9]+)"
-    rf"( (?P<lengths>{'|'.join(LENGTHS)}))?( (?P<dtype>bfloat16|float16))?"
+WORD = re.compile(
+    r"b=(?P<b>[0-9]+)|s_q=(?P<s_q>[0-9]+)|s_k=(?P<s_k>[0-9]+)|h=(?P<h_q>[0-9]+)"
+    rf"|(?P<lengths>{'|'.join(LENGTHS)})|(?P<dtype>bfloat16|float16)"
 )
-WORD = re.compile(rf"(b|s_q|s_k|h)=[0-9]+|{'|'.join(LENGTHS).replace(' ', '|')}|bfloat16|float16")
 MOST_SEQUENCES, MOST_TOKENS = 65_536, 2**31 - 1  # tokens of all of them, whose numbers are int32
 
 
@@ -37,7 +36,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case that `str` gives these words to; one query token may go unsaid.
+        """The case that `str` gives these words to, in whatever order; one query token may go unsaid.
 
         Raises
         ------
@@ -46,14 +45,8 @@ class Case:
         """
         from ..flash_mla.checks import MAX_HEADS  # here, for it loads torch, which --help does without
 
-        found = WORDS.fullmatch(" ".join(text.split()))
-        if found is None:
-            raise ValueError(
-                f"{_wrong_in(text)}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 s_k=900 h=128 "
-                f"normal float16'; lengths are {', '.join(LENGTHS)}"
-            )
-        words = {name: word for name, word in found.groupdict().items() if word}
-        case = cls(**{"s_q": 1} | {n: int(word) if word.isdecimal() else word for n, word in words.items()})
+        said = {"s_q": "1"} | _fields(text)
+        case = cls(**{name: int(word) if word.isdecimal() else word for name, word in said.items()})
         in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k and 1 <= case.h_q <= MAX_HEADS
         if not in_range or sum(case.cache_seqlens()) > MOST_TOKENS:
             raise ValueError(
@@ -84,12 +77,25 @@ class Case:
         return sum(self.cache_seqlens()) * 576 * 2 + self.b * self.s_q * self.h_q * (576 + 512) * 2
 
 
-def _wrong_in(text: str) -> str:
-    """Which word of a case is none, or which is lacking; else all of it, as the order of its words counts."""
-    words = text.split()
-    wrong = [repr(word) for word in words if not WORD.fullmatch(word)]
-    lacking = [f"no {name}" for name in ("b=", "s_k=", "h=") if not any(w.startswith(name) for w in words)]
-    return f"{(wrong + lacking)[0]} in {text!r}" if wrong or lacking else repr(text)
+def _fields(text: str) -> dict[str, str]:
+    """A case's words by the fields that they are of."""
+    said: dict[str, str] = {}
+    wrong = None
+    for word in re.findall(r"one long|\S+", " ".join(text.split())):
+        found = WORD.fullmatch(word)
+        if found is None:
+            wrong = wrong or repr(word)
+        elif found.lastgroup in said:
+            wrong = wrong or f"{word!r}, the second of its kind,"
+        else:
+            said[found.lastgroup] = found[found.lastgroup]
+    lacking = [f"no {word}=" for word, name in (("b", "b"), ("s_k", "s_k"), ("h", "h_q")) if name not in said]
+    if wrong or lacking:
+        raise ValueError(
+            f"{wrong or lacking[0]} in {text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 "
+            f"s_k=900 h=128 normal float16'; lengths are {', '.join(LENGTHS)}"
+        )
+    return said
 
 
 @dataclass(frozen=True)
