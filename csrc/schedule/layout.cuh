@@ -160,6 +160,7 @@ struct Layout {
     __device__ void place(const PlanParams& params, Sequence& seq, unsigned begin, unsigned extent) const {
         seq.page_0 = begin + kStartCost;
         if (split > 0) {
+            // Threads without a sequence leave out the division: a single one needs none.
             seq.first_part = begin + (extent > 0 ? idle_before(params, begin, busy) : 0);
             seq.last_part = seq.first_part + extent - 1;
             return;

@@ -28,7 +28,7 @@ struct Chunks {
         : pages(max(seq_pages, 1u)),
           length(1u << chunk_log2(seq_pages, level)),
           cost(length + chunk_cost(level)),
-          total_cost(pages + (pages + length - 1) / length * chunk_cost(level)) {}
+          total_cost(pages + ceil_div(pages, length) * chunk_cost(level)) {}
 };
 
 // Sequences handed out so far: parts are filled up to `budget`.
@@ -85,10 +85,12 @@ __device__ void for_each_sequence(const PlanParams& params, Work&& work) {
     }
 }
 
-// The least of the budgets with which there are enough parts, and how many parts are busy with it.
+// A budget, and how many parts are busy with it.
 struct Choice {
     unsigned budget, busy;
 };
+
+// The least of the budgets with which there are enough parts.
 __device__ Choice choose_budget(const PlanParams& params) {
     const unsigned num_parts = params.num_parts;
     unsigned total = 0, largest = 0;  // cost of all, and of the dearest chunk
@@ -99,7 +101,7 @@ __device__ Choice choose_budget(const PlanParams& params) {
     }
     total = __reduce_add_sync(~0u, total);
     largest = __reduce_max_sync(~0u, largest) + chunk_cost(params.chunk_level);
-    const unsigned least = max((total + num_parts - 1) / num_parts, kStartCost + largest);
+    const unsigned least = max(ceil_div(total, num_parts), kStartCost + largest);
     Filler filler(least + (2 * kStartCost + largest) * threadIdx.x / (kBudgets - 1));
     for_each_sequence(params, [&](unsigned, const Chunks& chunks) { filler.take(chunks); });
     const unsigned enough = __ballot_sync(~0u, filler.part < num_parts);  // the last budget always is

@@ -80,19 +80,21 @@ class Case:
 def _fields(text: str) -> dict[str, str]:
     """A case's words by the fields that they are of."""
     said: dict[str, str] = {}
-    wrong = None
-    for word in re.findall(r"one long|\S+", " ".join(text.split())):
+    wrong = []
+    for word in re.findall(r"one long\b|\S+", " ".join(text.split())):
         found = WORD.fullmatch(word)
         if found is None:
-            wrong = wrong or repr(word)
+            wrong.append(repr(word))
         elif found.lastgroup in said:
-            wrong = wrong or f"{word!r}, the second of its kind,"
+            wrong.append(f"{word!r}, the second of its kind,")
         else:
             said[found.lastgroup] = found[found.lastgroup]
-    lacking = [f"no {word}=" for word, name in (("b", "b"), ("s_k", "s_k"), ("h", "h_q")) if name not in said]
-    if wrong or lacking:
+    wrong += [
+        f"no {word}=" for word, field in {"b": "b", "s_k": "s_k", "h": "h_q"}.items() if field not in said
+    ]
+    if wrong:
         raise ValueError(
-            f"{wrong or lacking[0]} in {text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 "
+            f"{wrong[0]} in {text!r}, expected a case as in 'b=32 s_k=4096 h=16' or 'b=4 s_q=2 "
             f"s_k=900 h=128 normal float16'; lengths are {', '.join(LENGTHS)}"
         )
     return said
