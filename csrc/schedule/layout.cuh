@@ -37,6 +37,36 @@ struct Sequence {
     __device__ unsigned splits() const { return last_part - first_part + 1; }
 };
 
+// Which of `count` sequences, which lie in order, a part is on: those from `ended` up to `begun`.
+struct OnPart {
+    unsigned ended = 0;  // so many end before the part
+    unsigned begun = 0;  // and so many begin by it
+
+    template <typename Sequence>
+    __device__ OnPart(const Sequence* sequences, unsigned count, unsigned part) {
+#pragma unroll 1
+        for (unsigned step = 1u << (31 - __clz(count)); step > 0;
+             step /= 2) {  // binary searches side by side
+            if (ended + step <= count && sequences[ended + step - 1].last_part < part) ended += step;
+            if (begun + step <= count && sequences[begun + step - 1].first_part <= part) begun += step;
+        }
+    }
+    __device__ bool is_idle() const { return begun <= ended; }
+};
+
+// Writes a part's row; if it has sequences of the round before, too, only what it ends with.
+__device__ inline void write_row(const PlanParams& params, unsigned part, const PartPlan& row,
+                                 bool began_before) {
+    PartPlan& to = params.parts[part];
+    if (!began_before) {
+        to = row;
+    } else {
+        to.last_seq = row.last_seq;
+        to.last_page_end = row.last_page_end;
+        to.last_splits = row.last_splits;
+    }
+}
+
 // Pages of a sequence; past the batch's end none.
 __device__ inline unsigned load_pages(const PlanParams& params, unsigned seq) {
     return seq < static_cast<unsigned>(params.batch) ? pages_of(params.seq_lens[seq]) : 0;

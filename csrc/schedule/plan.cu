@@ -18,17 +18,11 @@ constexpr int kManyWarps = 16;
 // The row of a part, of sequences that are [base, base + count) of the batch.
 __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* sequences, unsigned base,
                            unsigned count, unsigned batch) {
-    // How many of them end before the part, and how many begin by it: two binary searches, side by side.
-    unsigned ended = 0, begun = 0;
-#pragma unroll 1
-    for (unsigned step = 1u << (31 - __clz(count)); step > 0; step /= 2) {
-        if (ended + step <= count && sequences[ended + step - 1].last_part < part) ended += step;
-        if (begun + step <= count && sequences[begun + step - 1].first_part <= part) begun += step;
-    }
     PartPlan row{.first_seq = static_cast<int>(batch)};
-    if (begun <= ended) return row;
+    const OnPart on(sequences, count, part);
+    if (on.is_idle()) return row;
 
-    const Sequence &first = sequences[ended], &last = sequences[begun - 1];
+    const Sequence &first = sequences[on.ended], &last = sequences[on.begun - 1];
     unsigned page, page_end;
     if (layout.split > 0) {  // one split: first and last are the same sequence
         const Shares splits(first.pages, first.splits());
@@ -41,9 +35,9 @@ __device__ PartPlan row_of(unsigned part, const Layout& layout, const Sequence* 
         page = layout.page_at(first, part);
         page_end = layout.page_at(last, part + 1);
     }
-    row.first_seq = base + ended;
+    row.first_seq = base + on.ended;
     row.first_page = page;
-    row.last_seq = base + begun - 1;
+    row.last_seq = base + on.begun - 1;
     row.last_page_end = page_end;
     row.first_split = part - first.first_part;
     row.first_splits = first.splits();
@@ -119,15 +113,8 @@ __global__ void __launch_bounds__(32 * kWarps) plan_kernel(const __grid_constant
 #pragma unroll 1
         for (unsigned part = first + blockIdx.x * kThreads + thread; part < end;
              part += gridDim.x * kThreads) {
-            const PartPlan row = row_of(part, layout, sequences, base, count, batch);
-            PartPlan& to = params.parts[part];
-            if (kOneRound || part >= rows) {
-                to = row;
-            } else {  // it began in the round before
-                to.last_seq = row.last_seq;
-                to.last_page_end = row.last_page_end;
-                to.last_splits = row.last_splits;
-            }
+            write_row(params, part, row_of(part, layout, sequences, base, count, batch),
+                      !kOneRound && part < rows);
         }
         rows = end;
         if (kOneRound || at_end) break;
