@@ -31,7 +31,6 @@ CASES = [
     *(Case((576,), h_q=h_q) for h_q in (16, 64)),  # few splits
     Case((1800,), h_q=128),  # 29, whose items two and four warps share
     Case((4000,), h_q=32),
-    Case((10,) * 300, h_q=16),  # one query right behind the other
     Case((300, 70), s_q=3, h_q=85, causal=True),  # more tiles than one launch has room for
     Case((300, 70), s_q=4, h_q=40, causal=True),  # a tile of fewer heads
 ]
@@ -40,9 +39,10 @@ BATCH_INVARIANT = [
     Case((3000, 300), s_q=2, h_q=80, causal=True),
     Case((2500, 300), h_q=20),
 ]
-IN_ONE_PART = (600, 300, 130)  # tokens: several chunks, one sequence right behind the other
+ONE_BY_ONE = (10,) * 8  # tokens: one query right behind the other
+IN_ONE_PART = (600, 300, 130)  # several chunks, one sequence right behind the other
 HANDED_OVER = (700, 700, 700)  # on two parts: the second goes on with the first one's sum
-PLANNED = [(64,) * 40, (768,) * 67, (1000,) * 90, (1000,) * 200]  # by 16 warps: in every way there is
+PLANNED = [(64,) * 40, (768,) * 67, (1000,) * 90, (1000,) * 200]  # by default by 16 warps, in every way there is
 RAGGED = Case((700, 65, 3), s_q=5, h_q=37, causal=True)
 
 
@@ -68,11 +68,14 @@ def check(case: Case, growth: float = 0, **how) -> None:
 if __name__ == "__main__":
     for case in CASES:
         check(case)
-    for lengths in PLANNED:
-        get_mla_metadata(torch.tensor(lengths, dtype=torch.int32, device="cuda"), 64, 1)
+    for lengths, batch_invariant in itertools.product(PLANNED, (False, True)):
+        cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        get_mla_metadata(cache_seqlens, 64, 1, batch_invariant=batch_invariant)
     torch.cuda.synchronize()
     for (lengths, parts, *_), h_q in itertools.product(CUT[:4], (16, 64)):  # the last one takes too long
         check(Case(lengths, h_q=h_q), parts=parts)
+    for h_q in (16, 64):
+        check(Case(ONE_BY_ONE, h_q=h_q), parts=2)
     for case in BATCH_INVARIANT:
         check(case, batch_invariant=True)
     for h_q in (20, 64):

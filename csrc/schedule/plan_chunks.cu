@@ -56,6 +56,20 @@ struct Pieces {
     unsigned end;      // how many pieces all sequences have, up to this one
 };
 
+// What a sequence does to a part that has room for a chunk of it at least.
+struct Fit {
+    bool is_cut;
+    unsigned head;  // whole chunks that the part takes of it, if it is cut
+    unsigned room;  // left in the part that it ends in, where that is this or the next one
+
+    __device__ Fit(const Chunks& chunks, unsigned room_before, unsigned budget)
+        : is_cut(kStartCost + chunks.total_cost > room_before),
+          head(chunks.fitting(room_before - kStartCost)) {
+        const unsigned of_next = budget - kStartCost - (chunks.total_cost - head * chunks.cost);
+        room = is_cut ? of_next : room_before - kStartCost - chunks.total_cost;
+    }
+};
+
 // Sequences handed out so far: parts are filled up to `budget`.
 struct Filler {
     unsigned budget;
@@ -65,45 +79,55 @@ struct Filler {
 
     __device__ explicit Filler(unsigned budget) : budget(budget), room(budget) {}
 
-    // Few branches: lanes with other budgets would take the others.
+    // What it would do to an empty part is worked out beside what it does to this one, so that the chain from
+    // the room before to the room after is short; and lanes with other budgets take the same branches.
     __device__ Pieces take(const Chunks& chunks) {
-        const bool begins_part =
-            kStartCost + min(chunks.total_cost, chunks.cost) > room;  // not even a chunk fits
+        const Fit here(chunks, room, budget), in_next(chunks, budget, budget);
+        const bool begins_part = kStartCost + min(chunks.total_cost, chunks.cost) > room;
         part += begins_part;
-        room = begins_part ? budget : room;
         origin = begins_part ? part : origin;
-        const bool is_cut = kStartCost + chunks.total_cost > room;
+        const bool is_cut = begins_part ? in_next.is_cut : here.is_cut;
+        room = begins_part ? in_next.room : here.room;
         Pieces pieces{.first_part = part, .count = 1u + is_cut};
-        pieces.head = is_cut ? chunks.fitting(room - kStartCost) : 0;
-        pieces.each = chunks.fitting(budget - kStartCost);
-        unsigned left = chunks.total_cost - pieces.head * chunks.cost;
-        room = is_cut ? budget : room;
-        if (kStartCost + left > budget) {  // more than two parts
-            const unsigned step = pieces.each * chunks.cost;
-            const unsigned between = ceil_div(kStartCost + left - budget, step);
-            left -= between * step;
+        pieces.head = begins_part ? in_next.head : here.head;
+        pieces.each = in_next.head;
+        if (kStartCost + chunks.total_cost > budget + chunks.cost) {  // two parts may not be enough
+            const unsigned step = pieces.each * chunks.cost, lacking = max(-static_cast<int>(room), 0);
+            const unsigned between = ceil_div(lacking, step);
+            room += between * step;
             pieces.count += between;
         }
         part += pieces.count - 1;
-        room -= kStartCost + left;
         num_pieces += pieces.count;
+        pieces.handed_over = pieces.count == 2 && 2 * kStartCost + chunks.total_cost <= budget;
         pieces.origin = origin;
         pieces.end = num_pieces;
-        pieces.handed_over = pieces.count == 2 && 2 * kStartCost + chunks.total_cost <= budget;
         return pieces;
     }
 };
 
-// Calls `work` with 32 sequences after 32: the first one, how many they are, and the pages of the lane's own.
+// The lane's own of 32 sequences.
+struct Own {
+    unsigned pages;
+    Chunks chunks;
+
+    __device__ Own(const PlanParams& params, unsigned pages)
+        : pages(pages), chunks(pages, params.chunk_level) {}
+};
+
+// Calls `work` with 32 sequences after 32: the first one, how many they are, and the lane's own. `first`: of
+// the first 32, which are not worked out again.
 template <typename Work>
-__device__ void for_each_32(const PlanParams& params, Work&& work) {
+__device__ void for_each_32(const PlanParams& params, const Own& first, Work&& work) {
     const unsigned batch = params.batch;
-    unsigned next_pages = load_pages(params, threadIdx.x);
+    Own own = first;
 #pragma unroll 1
-    for (unsigned base = 0; base < batch; base += kLanes) {
-        const unsigned pages = next_pages;
-        next_pages = load_pages(params, base + kLanes + threadIdx.x);
-        work(base, min(kLanes, batch - base), pages);
+    for (unsigned base = 0;;) {
+        const unsigned next_pages = load_pages(params, base + kLanes + threadIdx.x);
+        work(base, min(kLanes, batch - base), own);
+        base += kLanes;
+        if (base >= batch) break;
+        own = Own(params, next_pages);
     }
 }
 
@@ -125,21 +149,20 @@ struct Choice {
 };
 
 // The least of the budgets with which there are enough parts.
-__device__ Choice choose_budget(const PlanParams& params) {
+__device__ Choice choose_budget(const PlanParams& params, const Own& first) {
     const unsigned num_parts = params.num_parts;
     unsigned total = 0, dearest = 0;  // cost of all sequences; of a chunk
-    for_each_32(params, [&](unsigned, unsigned count, unsigned pages) {
-        const Chunks own(pages, params.chunk_level);
+    for_each_32(params, first, [&](unsigned, unsigned count, const Own& own) {
         if (threadIdx.x >= count) return;
-        total += kStartCost + own.total_cost;
-        dearest = max(dearest, min(own.cost, own.total_cost));
+        total += kStartCost + own.chunks.total_cost;
+        dearest = max(dearest, min(own.chunks.cost, own.chunks.total_cost));
     });
     total = __reduce_add_sync(~0u, total);
     dearest = __reduce_max_sync(~0u, dearest);
     const unsigned least = max(ceil_div(total, num_parts), kStartCost + dearest);
     Filler filler(least + (2 * kStartCost + dearest) * threadIdx.x / (kLanes - 1));
-    for_each_32(params, [&](unsigned, unsigned count, unsigned pages) {
-        take_each(filler, Chunks(pages, params.chunk_level), count, [](unsigned, const Pieces&) {});
+    for_each_32(params, first, [&](unsigned, unsigned count, const Own& own) {
+        take_each(filler, own.chunks, count, [](unsigned, const Pieces&) {});
     });
     const unsigned enough = __ballot_sync(~0u, filler.part < num_parts);  // the last budget always is
     const int lane = enough ? __ffs(enough) - 1 : kLanes - 1;
@@ -182,27 +205,28 @@ __device__ PartPlan row_of(unsigned part, const Placed* placed, unsigned base, u
 __global__ void __launch_bounds__(kLanes) plan_chunks_kernel(const __grid_constant__ PlanParams params) {
     __shared__ Placed placed[kLanes];
     const unsigned lane = threadIdx.x, batch = params.batch, num_parts = params.num_parts;
-    const Choice choice = choose_budget(params);
+    const Own first_own(params, load_pages(params, lane));
+    const Choice choice = choose_budget(params, first_own);
     Filler filler(choice.budget);
     unsigned cut = 0;   // sequences so far that have several pieces
     unsigned rows = 0;  // so many are written
     if (lane == 0) params.num_splits[0] = 0;
-    for_each_32(params, [&](unsigned base, unsigned count, unsigned pages) {
-        Pieces own{};
-        take_each(filler, Chunks(pages, params.chunk_level), count, [&](unsigned i, const Pieces& pieces) {
-            if (i == lane) own = pieces;
+    for_each_32(params, first_own, [&](unsigned base, unsigned count, const Own& own) {
+        Pieces pieces{};  // of the lane's own
+        take_each(filler, own.chunks, count, [&](unsigned i, const Pieces& taken) {
+            if (i == lane) pieces = taken;
         });
-        if (lane < count) params.num_splits[base + lane + 1] = own.end;
-        const unsigned several = __ballot_sync(~0u, own.count > 1), lanes_before = (1u << lane) - 1;
-        const unsigned first_part = own.first_part + idle_before(params, own.origin, choice.busy);
-        const unsigned log2 = chunk_log2(pages, params.chunk_level);
+        if (lane < count) params.num_splits[base + lane + 1] = pieces.end;
+        const unsigned several = __ballot_sync(~0u, pieces.count > 1), lanes_before = (1u << lane) - 1;
+        const unsigned first_part = pieces.first_part + idle_before(params, pieces.origin, choice.busy);
+        const unsigned log2 = chunk_log2(own.pages, params.chunk_level);
         __syncwarp();  // what lay there is read
-        placed[lane] = {.pages = pages,
+        placed[lane] = {.pages = own.pages,
                         .first_part = first_part,
-                        .last_part = first_part + own.count - 1,
-                        .head = own.head << log2,
-                        .each = own.each << log2,
-                        .splits = own.handed_over ? -2 : static_cast<int>(own.count),
+                        .last_part = first_part + pieces.count - 1,
+                        .head = pieces.head << log2,
+                        .each = pieces.each << log2,
+                        .splits = pieces.handed_over ? -2 : static_cast<int>(pieces.count),
                         .cut_before = cut + __popc(several & lanes_before)};
         cut += __popc(several);
         __syncwarp();
