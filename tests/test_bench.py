@@ -104,7 +104,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
         (["--build-limit", "0"], "--build-limit is 0, expected at least 1"),
         (["--serve", "--rows", "all"], "--rows: not for `bench --serve`"),
         (["--tails", "--no-plots", "--batches", "1"], "--no-plots, --batches: not for `bench --tails`"),
-        (["--row-seconds", "3"], "--row-seconds: not for `bench`"),
+        (["--row-seconds", "3"], "--row-seconds: not for `bench`, but for `bench --serve`"),
         (["--plot", "r.json", "--repeat", "3"], "--repeat: not for `bench --plot`"),
         (
             ["--plot", "a/r.json", "--out", "b"],

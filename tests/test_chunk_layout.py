@@ -85,6 +85,19 @@ def test_chunks_are_few_where_merging_is_dear():
     assert [num_chunks(128, chunk_level(rows, True)) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 8, 8]
 
 
+def fitting(room: int, chunk: int) -> int:
+    """`Chunks::fitting` of plan_chunks.cu: how many chunks fit, by the inverse of what one costs."""
+    return room * (0xFFFFFFFF // chunk + 1) >> 32
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 8, 16, 3, 5, 9, 17, 33])
+def test_the_gpus_quotients_are_exact_up_to_the_longest_sequence(chunk):
+    """A quotient is of less than a sequence costs: of up to 2^25 pages and as many chunks' ends at most."""
+    for multiple in range(0, 2**26, chunk * 1021):
+        assert fitting(multiple, chunk) == multiple // chunk
+        assert fitting(multiple + chunk - 1, chunk) == multiple // chunk
+
+
 @given(LENGTHS, LEVELS, st.integers(0, 200))
 def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, level, slack):
     """What `Filler::take` of plan_chunks.cu computes for a sequence without a loop; its bytes need a GPU."""
@@ -93,18 +106,24 @@ def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, lev
     dearest = max(min(max(1, n), chunk_pages(n, level)) for n in pages) + chunk_cost(level)
     budget = START_COST + dearest + slack
     part, room, begins = 0, budget, []
-    for n, left in zip(pages, cost, strict=True):
-        chunk = chunk_pages(n, level) + chunk_cost(level)
-        if START_COST + min(left, chunk) > room:
-            part, room = part + 1, budget
-        first, head, each, between = part, 0, 0, -1
-        if START_COST + left > room:
-            head, each = (room - START_COST) // chunk, (budget - START_COST) // chunk
-            left -= head * chunk
-            between = ceil_div(max(0, START_COST + left - budget), each * chunk)
-            left -= between * each * chunk
-            part, room = part + between + 1, budget
-        room -= START_COST + left
+    for n, total in zip(pages, cost, strict=True):
         length = chunk_pages(n, level)
-        begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(between + 2)})
+        chunk = length + chunk_cost(level)
+        if START_COST + min(total, chunk) > room:
+            part, room = part + 1, budget
+        first, count, head, each = (
+            part,
+            1,
+            fitting(room - START_COST, chunk),
+            fitting(budget - START_COST, chunk),
+        )
+        if START_COST + total > room:
+            count, room = 2, budget - START_COST - (total - head * chunk)
+        else:
+            room -= START_COST + total
+        if START_COST + total > budget + chunk:
+            between = ceil_div(max(0, -room), each * chunk)
+            count, room = count + between, room + between * each * chunk
+        part += count - 1
+        begins.append({first + i: (head + (i - 1) * each) * length if i else 0 for i in range(count)})
     assert begins == _fill(pages, cost, budget, level)

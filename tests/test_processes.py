@@ -38,6 +38,33 @@ def test_process_that_gets_a_signal_stops_what_it_started(number):
             time.sleep(0.1)
 
 
+TASK = """
+import asyncio, signal
+from vllm_flashmla_backend.processes import ended_by_signals, task_ended_by_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+async def main():
+    with task_ended_by_signals():
+        others = [asyncio.create_task(asyncio.sleep(60)) for _ in range(3)]
+        print("runs", flush=True)
+        try:
+            await asyncio.gather(*others)
+        finally:
+            print("cleaned up", flush=True)
+with ended_by_signals():
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_task_that_gets_a_signal_ends_cleanly_and_without_a_word(number):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", TASK], **pipes)
+    assert process.stdout.readline() == "runs\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("cleaned up\n", "")
+    assert process.returncode == 128 + number
+
+
 def test_signal_that_nohup_has_ignored_ends_nothing():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

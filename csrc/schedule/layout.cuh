@@ -1,4 +1,5 @@
-// Where the planner lays sequences: layout.py's _a_split_a_part, _whole_sequences and _on_a_line.
+// Where the planner lays sequences: layout.py's _a_split_a_part, _whole_sequences and _on_a_line; and what
+// both planners have in common: which sequences a part is on, how its row is written.
 #pragma once
 
 #include "../params.h"
@@ -37,16 +38,17 @@ struct Sequence {
     __device__ unsigned splits() const { return last_part - first_part + 1; }
 };
 
-// Which of `count` sequences, which lie in order, a part is on: those from `ended` up to `begun`.
+// Which of `count` sequences, which lie in order from a `first_part` to a `last_part`, a part is on: those
+// from `ended` up to `begun`.
 struct OnPart {
     unsigned ended = 0;  // so many end before the part
     unsigned begun = 0;  // and so many begin by it
 
-    template <typename Sequence>
-    __device__ OnPart(const Sequence* sequences, unsigned count, unsigned part) {
+    template <typename Extent>
+    __device__ OnPart(const Extent* sequences, unsigned count, unsigned part) {
+        // Two binary searches, side by side.
 #pragma unroll 1
-        for (unsigned step = 1u << (31 - __clz(count)); step > 0;
-             step /= 2) {  // binary searches side by side
+        for (unsigned step = 1u << (31 - __clz(count)); step > 0; step /= 2) {
             if (ended + step <= count && sequences[ended + step - 1].last_part < part) ended += step;
             if (begun + step <= count && sequences[begun + step - 1].first_part <= part) begun += step;
         }

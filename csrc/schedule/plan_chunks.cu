@@ -2,11 +2,10 @@
 //
 // One warp. Each lane tries a budget: it walks the sequences, filling part after part with whole chunks. Then
 // all walk them with the least budget that fitted, each keeping what becomes of one sequence of 32, and write
-// these sequences' rows, a lane a part. A walk is a chain from one sequence to the next, so what does not
-// depend on those before is worked out ahead of it.
+// these sequences' rows, a lane a part. A walk is a chain from one sequence to the next: all else is worked
+// out beforehand.
 //
-// Sums are 32 bits wide, as in plan.cu, and quotients right up to 2^27 pages a part: beyond, rows are wrong,
-// but no store goes astray.
+// Sums are 32 bits wide, as in plan.cu: of 2^31 pages and more rows are wrong, but no store goes astray.
 #include "../cuda_check.h"
 #include "layout.cuh"
 
@@ -27,15 +26,16 @@ struct Chunks {
     unsigned total_cost;
 
     Chunks() = default;
-    __device__ Chunks(unsigned seq_pages, int level) {
-        const unsigned log2 = chunk_log2(seq_pages, level), pages = max(seq_pages, 1u);
-        cost = (1u << log2) + chunk_cost(level);
-        inverse = ~0u / cost + 1;
-        total_cost = pages + (((pages - 1) >> log2) + 1) * chunk_cost(level);
-    }
-    // How many whole ones so much is enough for.
+    __device__ Chunks(unsigned pages, unsigned log2, int level)
+        : cost((1u << log2) + chunk_cost(level)),
+          inverse(~0u / cost + 1),
+          total_cost(taken(pages) + (((taken(pages) - 1) >> log2) + 1) * chunk_cost(level)) {}
+
+    // How many whole chunks fit into `room`. Exact below 2^27: it counts only where a sequence is cut, so
+    // that there is less room than that costs, and no length has more than 2^25 pages.
     __device__ unsigned fitting(unsigned room) const { return __umulhi(room, inverse); }
-    // Those of another lane's sequence.
+
+    // The chunks of another lane's sequence; lane 32 is lane 0.
     __device__ Chunks of_lane(unsigned lane) const {
         Chunks other;
         other.cost = __shfl_sync(~0u, cost, lane);
@@ -45,28 +45,27 @@ struct Chunks {
     }
 };
 
-// A sequence's pieces: `head` chunks in its first part, `each` in the next ones, the rest in its last.
+// What becomes of a sequence: the parts that it is on, `count` from `first_part` on.
 struct Pieces {
     unsigned first_part;
     unsigned count;
-    unsigned head;
-    unsigned each;
-    bool handed_over;  // the sum of the first one's chunks to the second one
-    unsigned origin;   // the last part, up to the first one, that begins with a sequence's first page
-    unsigned end;      // how many pieces all sequences have, up to this one
+    unsigned head;    // if it is cut: chunks in its first part
+    unsigned origin;  // the last part, up to `first_part`, that no sequence reaches into from the part before
+    unsigned end;     // pieces of all sequences so far, this one's included
 };
 
 // What a sequence does to a part that has room for a chunk of it at least.
 struct Fit {
     bool is_cut;
-    unsigned head;  // whole chunks that the part takes of it, if it is cut
-    unsigned room;  // left in the part that it ends in, where that is this or the next one
+    unsigned head;  // if it is cut: chunks in this part
+    unsigned room;  // left where it ends: here, or in the next part. If two are not enough, what is lacking,
+                    // negative
 
     __device__ Fit(const Chunks& chunks, unsigned room_before, unsigned budget)
         : is_cut(kStartCost + chunks.total_cost > room_before),
           head(chunks.fitting(room_before - kStartCost)) {
-        const unsigned of_next = budget - kStartCost - (chunks.total_cost - head * chunks.cost);
-        room = is_cut ? of_next : room_before - kStartCost - chunks.total_cost;
+        const unsigned in_next = budget - kStartCost - (chunks.total_cost - head * chunks.cost);
+        room = is_cut ? in_next : room_before - kStartCost - chunks.total_cost;
     }
 };
 
@@ -75,33 +74,29 @@ struct Filler {
     unsigned budget;
     unsigned part = 0;
     unsigned room;
-    unsigned origin = 0, num_pieces = 0;
+    unsigned origin = 0, end = 0;  // as in Pieces
 
     __device__ explicit Filler(unsigned budget) : budget(budget), room(budget) {}
 
     // What it would do to an empty part is worked out beside what it does to this one, so that the chain from
     // the room before to the room after is short; and lanes with other budgets take the same branches.
     __device__ Pieces take(const Chunks& chunks) {
-        const Fit here(chunks, room, budget), in_next(chunks, budget, budget);
+        const Fit here(chunks, room, budget), in_empty(chunks, budget, budget);
         const bool begins_part = kStartCost + min(chunks.total_cost, chunks.cost) > room;
         part += begins_part;
         origin = begins_part ? part : origin;
-        const bool is_cut = begins_part ? in_next.is_cut : here.is_cut;
-        room = begins_part ? in_next.room : here.room;
-        Pieces pieces{.first_part = part, .count = 1u + is_cut};
-        pieces.head = begins_part ? in_next.head : here.head;
-        pieces.each = in_next.head;
+        const bool is_cut = begins_part ? in_empty.is_cut : here.is_cut;
+        room = begins_part ? in_empty.room : here.room;
+        unsigned count = 1 + is_cut;
         if (kStartCost + chunks.total_cost > budget + chunks.cost) {  // two parts may not be enough
-            const unsigned step = pieces.each * chunks.cost, lacking = max(-static_cast<int>(room), 0);
-            const unsigned between = ceil_div(lacking, step);
+            const unsigned step = in_empty.head * chunks.cost;
+            const unsigned between = ceil_div(static_cast<int>(room) < 0 ? -room : 0, step);
             room += between * step;
-            pieces.count += between;
+            count += between;
         }
-        part += pieces.count - 1;
-        num_pieces += pieces.count;
-        pieces.handed_over = pieces.count == 2 && 2 * kStartCost + chunks.total_cost <= budget;
-        pieces.origin = origin;
-        pieces.end = num_pieces;
+        end += count;
+        const Pieces pieces{part, count, begins_part ? in_empty.head : here.head, origin, end};
+        part += count - 1;
         return pieces;
     }
 };
@@ -109,10 +104,13 @@ struct Filler {
 // The lane's own of 32 sequences.
 struct Own {
     unsigned pages;
+    unsigned log2;  // of a chunk's pages
     Chunks chunks;
 
     __device__ Own(const PlanParams& params, unsigned pages)
-        : pages(pages), chunks(pages, params.chunk_level) {}
+        : pages(pages),
+          log2(chunk_log2(pages, params.chunk_level)),
+          chunks(pages, log2, params.chunk_level) {}
 };
 
 // Calls `work` with 32 sequences after 32: the first one, how many they are, and the lane's own. `first`: of
@@ -138,7 +136,7 @@ __device__ void take_each(Filler& filler, const Chunks& own, unsigned count, Wor
 #pragma unroll 1
     for (unsigned i = 0; i < count; ++i) {
         const Chunks chunks = next;
-        next = own.of_lane((i + 1) % kLanes);  // under way meanwhile
+        next = own.of_lane(i + 1);  // under way meanwhile
         work(i, filler.take(chunks));
     }
 }
@@ -173,13 +171,14 @@ __device__ Choice choose_budget(const PlanParams& params, const Own& first) {
 struct Placed {
     unsigned pages;
     unsigned first_part;
-    unsigned last_part;   // inclusive
-    unsigned head, each;  // pages that its first part works on, and each but the last one after it
+    unsigned last_part;  // inclusive
+    unsigned head,
+        each;  // if it is cut: pages that its first part works on, and each of the next but the last
     int splits;
     unsigned cut_before;  // sequences before it that have several
 
     // The page that a part which it is on begins at.
-    __device__ int page_at(unsigned part) const {
+    __device__ unsigned page_at(unsigned part) const {
         return part == first_part ? 0 : head + (part - first_part - 1) * each;
     }
 };
@@ -219,18 +218,18 @@ __global__ void __launch_bounds__(kLanes) plan_chunks_kernel(const __grid_consta
         if (lane < count) params.num_splits[base + lane + 1] = pieces.end;
         const unsigned several = __ballot_sync(~0u, pieces.count > 1), lanes_before = (1u << lane) - 1;
         const unsigned first_part = pieces.first_part + idle_before(params, pieces.origin, choice.busy);
-        const unsigned log2 = chunk_log2(own.pages, params.chunk_level);
+        const bool handed_over = pieces.count == 2 && 2 * kStartCost + own.chunks.total_cost <= choice.budget;
         __syncwarp();  // what lay there is read
         placed[lane] = {.pages = own.pages,
                         .first_part = first_part,
                         .last_part = first_part + pieces.count - 1,
-                        .head = pieces.head << log2,
-                        .each = pieces.each << log2,
-                        .splits = pieces.handed_over ? -2 : static_cast<int>(pieces.count),
+                        .head = pieces.head << own.log2,
+                        .each = own.chunks.fitting(choice.budget - kStartCost) << own.log2,
+                        .splits = handed_over ? -2 : static_cast<int>(pieces.count),
                         .cut_before = cut + __popc(several & lanes_before)};
         cut += __popc(several);
         __syncwarp();
-        // The parts on these sequences; at the batch's end the idle ones too.
+        // The parts on these sequences, and idle ones before them; at the batch's end those behind, too.
         const unsigned end =
             base + count == batch ? num_parts : min(num_parts, placed[count - 1].last_part + 1);
 #pragma unroll 1

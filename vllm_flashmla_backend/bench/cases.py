@@ -47,12 +47,17 @@ class Case:
 
         said = {"s_q": "1"} | _fields(text)
         case = cls(**{name: int(word) if word.isdecimal() else word for name, word in said.items()})
-        in_range = 1 <= case.b <= MOST_SEQUENCES and 1 <= case.s_q <= case.s_k and 1 <= case.h_q <= MAX_HEADS
-        if not in_range or sum(case.cache_seqlens()) > MOST_TOKENS:
-            raise ValueError(
-                f"{text!r}, expected b from 1 to {MOST_SEQUENCES:,}, s_q from 1, s_k from s_q, h from 1 to "
-                f"{MAX_HEADS}, and up to {MOST_TOKENS:,} tokens in all"
-            )
+        least_b = 2 if case.lengths == "one long" else 1  # others, that the long one is longer than
+        for name, value, least, most in (
+            ("b", case.b, least_b, MOST_SEQUENCES),
+            ("h", case.h_q, 1, MAX_HEADS),
+            ("s_k", case.s_k, 1, MOST_TOKENS),
+            ("s_q", case.s_q, 1, case.s_k),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value} in {text!r}, expected {least} to {most:,}")
+        if (tokens := sum(case.cache_seqlens())) > MOST_TOKENS:
+            raise ValueError(f"{tokens:,} tokens in {text!r}, expected up to {MOST_TOKENS:,} in all")
         return case
 
     def keys(self) -> dict:

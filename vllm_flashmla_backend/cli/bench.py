@@ -118,7 +118,8 @@ def require_own_options(args: argparse.Namespace) -> None:
         if args.plot:
             pictures = "" if args.tails else f"; pictures go beside {args.plot}"
             raise SystemExit(f"{names}: not for `{command}`, which measures nothing{pictures}")
-        raise SystemExit(f"{names}: not for `{command}`; `vllm-flashmla bench --help` says what is")
+        its = [f"`{name}`" for name, options in OPTIONS.items() if others[0] in options]
+        raise SystemExit(f"{names}: not for `{command}`, but for {' and '.join(its)}")
 
 
 def run(args: argparse.Namespace) -> int:

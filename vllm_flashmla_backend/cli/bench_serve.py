@@ -91,10 +91,10 @@ def chosen_backends(words: str | None) -> list[str]:
     chosen = names(words) if words else list(possible)
     if unknown := set(chosen) - set(possible):
         raise SystemExit(
-            f"--backends has {', '.join(sorted(unknown))}, expected some of {','.join(possible)}"
+            f"--backends has {', '.join(sorted(unknown))}, expected some of {', '.join(possible)}"
         )
     if not chosen:
-        raise SystemExit(f"--backends names none, expected some of {','.join(possible)}")
+        raise SystemExit(f"--backends names none, expected some of {', '.join(possible)}")
     return chosen
 
 

@@ -32,7 +32,9 @@ SHADES, COLOURS = "█▓▒░", ("cyan", "yellow", "magenta", "green", "blue",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lens", required=True, metavar="N,N,…", help="tokens in the cache, by sequence")
+    parser.add_argument(
+        "--lens", required=True, metavar="N,N,…", help="tokens in the cache of each sequence, as in 100,2000"
+    )
     parser.add_argument("--heads", type=int, default=128, help="query heads, 1 to 128 (default: 128)")
     parser.add_argument(
         "--query-len",
@@ -89,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(line, soft_wrap=True)
         print(LEGEND)
     if sms:
-        print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once, of {count(rows, 'query row')}")
+        each = count(rows, "query row")
+        print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once; each sequence has {each}")
     print(summary(work, lengths))
     if level:
         print(chunks(lengths, level))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ..processes import task_ended_by_signals
 from .demo import RECALL
 from .environment import VLLM, commit, describe, device
 from .options import require, require_model, require_out
@@ -135,6 +136,8 @@ def check(args: argparse.Namespace) -> None:
     if args.out:
         if args.out.is_dir():
             raise SystemExit(f"--out is {args.out}, a directory; expected the name of a file in it")
+        if not args.out.parent.is_dir():
+            raise SystemExit(f"--out is {args.out}, expected a file in a directory that exists")
         require_out(args.out.parent)
 
 
@@ -177,7 +180,7 @@ def check_health(server: Server) -> None:
         urllib.request.urlopen(f"{server.url}/health", timeout=HEALTH_SECONDS).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise SystemExit(
-            f"--base-url is {server.url}, where /health does not answer: {error}; "
+            f"--base-url is {server.url}, where /health does not answer: {getattr(error, 'reason', error)}; "
             "expected the address of a running server, e.g. http://host:8000"
         ) from error
 
@@ -196,13 +199,14 @@ async def drive(
     times = arrivals(args.seed, args.seconds, args.rate, args.burst, args.burst_every)
     endless = make_asks(args.seed, args.max_tokens, args.abort_share, args.scored)
     asks = list(islice(endless, len(times)))  # all made before, so that the load waits for none
-    watching = asyncio.create_task(watch(server, load, watched, console))
-    async with client:
-        await load.run(asks, times)
-    watching.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await watching
-    watched.left_running = await asyncio.to_thread(wait_until_quiet, server)
+    with task_ended_by_signals():
+        watching = asyncio.create_task(watch(server, load, watched, console))
+        async with client:
+            await load.run(asks, times)
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        watched.left_running = await asyncio.to_thread(wait_until_quiet, server)
 
 
 async def watch(server: Server, load: Load, watched: Watched, console: Console) -> None:
