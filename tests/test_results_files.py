@@ -36,9 +36,8 @@ def test_committed_results_are_shown_and_drawn(path, tmp_path, capsys):
     [
         ["bench", "--serve", "--out", "{}"],
         ["bench", "--tails", "--out", "{}"],
-        ["soak", "--out", "{}/it.json"],
     ],
-    ids=["serve", "tails", "soak"],
+    ids=["serve", "tails"],
 )
 def test_out_that_cannot_be_written_to_is_named_before_anything_runs(command, tmp_path):
     (tmp_path / "file").touch()
