@@ -111,12 +111,8 @@ def test_the_gpus_closed_form_fills_parts_as_the_specification_does(lengths, lev
         chunk = length + chunk_cost(level)
         if START_COST + min(total, chunk) > room:
             part, room = part + 1, budget
-        first, count, head, each = (
-            part,
-            1,
-            fitting(room - START_COST, chunk),
-            fitting(budget - START_COST, chunk),
-        )
+        first, count = part, 1
+        head, each = fitting(room - START_COST, chunk), fitting(budget - START_COST, chunk)
         if START_COST + total > room:
             count, room = 2, budget - START_COST - (total - head * chunk)
         else:

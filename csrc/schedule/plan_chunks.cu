@@ -58,8 +58,7 @@ struct Pieces {
 struct Fit {
     bool is_cut;
     unsigned head;  // if it is cut: chunks in this part
-    unsigned room;  // left where it ends: here, or in the next part. If two are not enough, what is lacking,
-                    // negative
+    unsigned room;  // left where it ends, here or in the next part; negative, if these two are not enough
 
     __device__ Fit(const Chunks& chunks, unsigned room_before, unsigned budget)
         : is_cut(kStartCost + chunks.total_cost > room_before),
