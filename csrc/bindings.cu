@@ -128,7 +128,7 @@ void plan(TensorView seq_lens, TensorView tile_scheduler_metadata, TensorView nu
     check("num_splits", num_splits, {batch + 1}, kDLInt, 32);
     check_plan(tile_scheduler_metadata);
     check_chunk_level(chunk_level);
-    MLA_CHECK(batch > 0, "cache_seqlens: is empty, expected a sequence or more");
+    MLA_CHECK(batch > 0, "cache_seqlens: got no sequences, expected at least one");
     MLA_CHECK(rows > 0, "rows_per_kv_head: got " << rows << ", expected 1 or more");
     MLA_CHECK(seq_lens.IsContiguous() && num_splits.IsContiguous(),
               "cache_seqlens and num_splits must be contiguous");

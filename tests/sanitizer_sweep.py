@@ -42,7 +42,7 @@ BATCH_INVARIANT = [
 ONE_BY_ONE = (10,) * 8  # tokens: one query right behind the other
 IN_ONE_PART = (600, 300, 130)  # several chunks, one sequence right behind the other
 HANDED_OVER = (700, 700, 700)  # on two parts: the second goes on with the first one's sum
-PLANNED = [(64,) * 40, (768,) * 67, (1000,) * 90, (1000,) * 200]  # more than a warp, in every way
+PLANNED = [(64,) * 40, (768,) * 67, (1000,) * 90, (1000,) * 200]  # by several warps, or 32 at a time
 RAGGED = Case((700, 65, 3), s_q=5, h_q=37, causal=True)
 
 

@@ -105,6 +105,8 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
         (["--serve", "--rows", "all"], "--rows: not for `bench --serve`"),
         (["--tails", "--no-plots", "--batches", "1"], "--no-plots, --batches: not for `bench --tails`"),
         (["--row-seconds", "3"], "--row-seconds: not for `bench`, but for `bench --serve`"),
+        (["--heads", "8"], "--heads: not for `bench`, but for `bench --serve` and `bench --tails`"),
+        (["--serve", "--rows", "all", "--cached", "9"], "; `vllm-flashmla bench --help` says what is"),
         (["--plot", "r.json", "--repeat", "3"], "--repeat: not for `bench --plot`"),
         (
             ["--plot", "a/r.json", "--out", "b"],

@@ -108,9 +108,9 @@ def test_a_cases_words_may_come_in_any_order():
         ("b=1 s_k=2147483648 h=16", "s_k=2147483648 in"),
         ("b=60000 s_k=40000000 h=16", "expected up to 2,147,483,647 in all"),
         ("b=2 s_k=42949673 h=16 one long", "expected up to 2,147,483,647 in all"),
-        ("b=1 s_k=8 h=16 one long", "b=1 in 'b=1 s_k=8 h=16 one long', expected 2 to 65,536"),
+        ("b=1 s_k=8 h=16 one long", "b=1 in 'b=1 s_k=8 h=16 one long', expected another sequence"),
         ("b=1 s_k=٤٠٩٦ h=16", "expected a case as in"),
-        ("b=1 s_q=9 s_k=8 h=16", "s_q=9 in 'b=1 s_q=9 s_k=8 h=16', expected 1 to 8"),
+        ("b=1 s_q=9 s_k=8 h=16", "s_q=9 in 'b=1 s_q=9 s_k=8 h=16', expected 1 to 8, its s_k"),
         ("b=1 s_k=8 h=129", "expected 1 to 128"),
     ],
 )

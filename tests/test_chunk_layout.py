@@ -86,16 +86,17 @@ def test_chunks_are_few_where_merging_is_dear():
 
 
 def fitting(room: int, chunk: int) -> int:
-    """`Chunks::fitting` of plan_chunks.cu: how many chunks fit, by the inverse of what one costs."""
+    """`Chunks::fitting` of plan_chunks.cu: how many chunks fit, which cost more than 1 each."""
     return room * (0xFFFFFFFF // chunk + 1) >> 32
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 8, 16, 3, 5, 9, 17, 33])
 def test_the_gpus_quotients_are_exact_up_to_the_longest_sequence(chunk):
-    """A quotient is of less than a sequence costs: of up to 2^25 pages and as many chunks' ends at most."""
+    """That costs up to 2^25 pages and no more ends of chunks; what rounding adds is most at the greatest."""
     for multiple in range(0, 2**26, chunk * 1021):
         assert fitting(multiple, chunk) == multiple // chunk
         assert fitting(multiple + chunk - 1, chunk) == multiple // chunk
+    assert (chunk * (0xFFFFFFFF // chunk + 1) - 2**32) * 2**26 < 2**32
 
 
 @given(LENGTHS, LEVELS, st.integers(0, 200))

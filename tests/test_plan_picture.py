@@ -52,10 +52,10 @@ def test_terminal_lines_are_as_wide_as_it_where_there_is_room(work, columns):
 
 def test_number_of_parts_is_explained_where_it_is_not_given(capsys):
     assert main(["plan", "--lens", "100", "--heads", "16"]) == 0
-    assert (
-        "132 parts: as many as 132 SMs run at once; each sequence has 16 query rows\n"
-        in capsys.readouterr().out
-    )
+    said = "as many as 132 SMs run at once, with"
+    assert f"132 parts: {said} 1 tile of query rows each\n" in capsys.readouterr().out
+    assert main(["plan", "--lens", "100", "--query-len", "2"]) == 0
+    assert f"33 parts: {said} 4 tiles of query rows each\n" in capsys.readouterr().out
     assert main(["plan", "--lens", "100", "--parts", "2"]) == 0
     assert "SMs" not in capsys.readouterr().out
 

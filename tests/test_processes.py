@@ -39,7 +39,7 @@ def test_process_that_gets_a_signal_stops_what_it_started(number):
 
 
 TASK = """
-import asyncio, signal
+import asyncio, os, signal
 from vllm_flashmla_backend.processes import ended_by_signals, task_ended_by_signals
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 async def main():
@@ -48,7 +48,9 @@ async def main():
         print("runs", flush=True)
         try:
             await asyncio.gather(*others)
-        finally:
+        except asyncio.CancelledError:  # which does not keep the process from ending
+            os.kill(os.getpid(), signal.SIGTERM)  # nor does a second signal cut this short
+            await asyncio.sleep(0.1)
             print("cleaned up", flush=True)
 with ended_by_signals():
     asyncio.run(main())

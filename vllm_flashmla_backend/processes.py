@@ -6,46 +6,54 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def _heeded() -> dict[int, signal.Handlers | Callable | None]:
+    """SIGTERM and SIGHUP with their handlers, but for one that is ignored, as SIGHUP is under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    return {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Have SIGTERM and SIGHUP end this process by SystemExit, so that it stops what it started on its way.
 
-    One that is ignored, as SIGHUP is under nohup, still is.
+    Only the first one does: a second must not cut that short.
     """
+    heeded = _heeded()
 
     def end(number: int, frame: object) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, end)
+    for number in heeded:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in heeded.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def task_ended_by_signals() -> Iterator[None]:
-    """`ended_by_signals` for the task that runs within: it is cancelled first.
+    """The same for the task that runs within, which is cancelled first; inside of `ended_by_signals`.
 
     In an event loop what a handler raises comes up in whichever callback is running, and says so at length.
     """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop, task, heeded = asyncio.get_running_loop(), asyncio.current_task(), _heeded()
     received: list[int] = []
 
     def end(number: int) -> None:
         received.append(number)
+        for each in heeded:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_IGN)
         task.cancel()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in heeded:
         loop.add_signal_handler(number, end, number)
     try:
@@ -53,11 +61,13 @@ def task_ended_by_signals() -> Iterator[None]:
     except asyncio.CancelledError:
         if not received:
             raise
-        raise SystemExit(128 + received[0]) from None
     finally:
-        for number, handler in heeded.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+        if not received:
+            for number, handler in heeded.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+    if received:  # also where the task took no notice
+        raise SystemExit(128 + received[0])
 
 
 def stop_group(process: subprocess.Popen, patience: float = 30) -> None:

@@ -22,7 +22,7 @@ __device__ unsigned chunk_cost(int level) {
 // A sequence by its chunks. One without pages counts as one of a page.
 struct Chunks {
     unsigned cost;     // of a whole chunk
-    unsigned inverse;  // 2^32 / cost, rounded up; a chunk of cost 1 is all of its sequence, which is not cut
+    unsigned inverse;  // 2^32 / cost, rounded up; 0 where that is 1, as of a sequence of one page
     unsigned total_cost;
 
     Chunks() = default;
@@ -31,8 +31,8 @@ struct Chunks {
           inverse(~0u / cost + 1),
           total_cost(taken(pages) + (((taken(pages) - 1) >> log2) + 1) * chunk_cost(level)) {}
 
-    // How many whole chunks fit into `room`. Exact below 2^27: it counts only where a sequence is cut, so
-    // that there is less room than that costs, and no length has more than 2^25 pages.
+    // How many whole chunks fit into `room`. Exact below 2^27; it is used only where the sequence costs more
+    // than `room`, and none costs so much, as no length has more than 2^25 pages.
     __device__ unsigned fitting(unsigned room) const { return __umulhi(room, inverse); }
 
     // The chunks of another lane's sequence; lane 32 is lane 0.
@@ -171,8 +171,8 @@ struct Placed {
     unsigned pages;
     unsigned first_part;
     unsigned last_part;  // inclusive
-    unsigned head,
-        each;  // if it is cut: pages that its first part works on, and each of the next but the last
+    unsigned head;       // if it is cut: pages that its first part works on
+    unsigned each;       // and each of the next ones but the last
     int splits;
     unsigned cut_before;  // sequences before it that have several
 

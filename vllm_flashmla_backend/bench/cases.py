@@ -47,15 +47,17 @@ class Case:
 
         said = {"s_q": "1"} | _fields(text)
         case = cls(**{name: int(word) if word.isdecimal() else word for name, word in said.items()})
-        least_b = 2 if case.lengths == "one long" else 1  # others, that the long one is longer than
         for name, value, least, most in (
-            ("b", case.b, least_b, MOST_SEQUENCES),
+            ("b", case.b, 1, MOST_SEQUENCES),
             ("h", case.h_q, 1, MAX_HEADS),
             ("s_k", case.s_k, 1, MOST_TOKENS),
-            ("s_q", case.s_q, 1, case.s_k),
         ):
             if not least <= value <= most:
                 raise ValueError(f"{name}={value} in {text!r}, expected {least} to {most:,}")
+        if not 1 <= case.s_q <= case.s_k:
+            raise ValueError(f"s_q={case.s_q} in {text!r}, expected 1 to {case.s_k:,}, its s_k")
+        if case.lengths == "one long" and case.b == 1:
+            raise ValueError(f"b=1 in {text!r}, expected another sequence, than which one is longer")
         if (tokens := sum(case.cache_seqlens())) > MOST_TOKENS:
             raise ValueError(f"{tokens:,} tokens in {text!r}, expected up to {MOST_TOKENS:,} in all")
         return case

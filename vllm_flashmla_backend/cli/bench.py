@@ -118,8 +118,9 @@ def require_own_options(args: argparse.Namespace) -> None:
         if args.plot:
             pictures = "" if args.tails else f"; pictures go beside {args.plot}"
             raise SystemExit(f"{names}: not for `{command}`, which measures nothing{pictures}")
-        its = [f"`{name}`" for name, options in OPTIONS.items() if others[0] in options]
-        raise SystemExit(f"{names}: not for `{command}`, but for {' and '.join(its)}")
+        its = [f"`{name}`" for name, options in OPTIONS.items() if options.issuperset(others)]
+        hint = f", but for {' and '.join(its)}" if its else "; `vllm-flashmla bench --help` says what is"
+        raise SystemExit(f"{names}: not for `{command}`{hint}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -91,8 +91,10 @@ def run(args: argparse.Namespace) -> int:
             console.print(line, soft_wrap=True)
         print(LEGEND)
     if sms:
-        each = count(rows, "query row")
-        print(f"{count(num_parts, 'part')}: as many as {sms} SMs run at once; each sequence has {each}")
+        tiles = count(tiling.num_row_tiles, "tile")
+        print(
+            f"{count(num_parts, 'part')}: as many as {sms} SMs run at once, with {tiles} of query rows each"
+        )
     print(summary(work, lengths))
     if level:
         print(chunks(lengths, level))

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -179,8 +180,9 @@ def check_health(server: Server) -> None:
     try:
         urllib.request.urlopen(f"{server.url}/health", timeout=HEALTH_SECONDS).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
+        why = error.reason if type(error) is urllib.error.URLError else error
         raise SystemExit(
-            f"--base-url is {server.url}, where /health does not answer: {getattr(error, 'reason', error)}; "
+            f"--base-url is {server.url}, where /health does not answer: {why}; "
             "expected the address of a running server, e.g. http://host:8000"
         ) from error
 
@@ -206,7 +208,7 @@ async def drive(
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
-        watched.left_running = await asyncio.to_thread(wait_until_quiet, server)
+        watched.left_running = await wait_until_quiet(server)
 
 
 async def watch(server: Server, load: Load, watched: Watched, console: Console) -> None:
@@ -253,19 +255,19 @@ def gpu_memory(server: Server) -> Callable[[], int | None]:
     return monitor.memory_bytes if monitor else lambda: None
 
 
-def wait_until_quiet(server: Server) -> int | None:
+async def wait_until_quiet(server: Server) -> int | None:
     """Requests that the server has left when it was given time to end them; None if it does not say."""
     from ..soak.watch import RUNNING, WAITING
 
     deadline = time.monotonic() + QUIET_SECONDS
     while True:
         try:
-            left = int(sum(server.metrics(RUNNING, WAITING)))
+            left = int(sum(await asyncio.to_thread(server.metrics, RUNNING, WAITING)))
         except ConnectionError:
             left = None
         if left == 0 or time.monotonic() > deadline:
             return left
-        time.sleep(0.5)
+        await asyncio.sleep(0.5)
 
 
 def settings(args: argparse.Namespace) -> dict:
