@@ -341,6 +341,7 @@ def test_run_that_is_cut_off_leaves_its_figures(end, tmp_path, monkeypatch):
         (["--abort-share", "1.5"], "--abort-share is 1.5"),
         (["--model", "/nowhere"], "--model is /nowhere"),
         (["--out", "/tmp"], "--out is /tmp, a directory; expected the name of a file in it"),
+        (["--out", "/proc/s.json"], "--out: /proc cannot be written to: "),
         (
             ["--out", "/nowhere/s.json"],
             "--out is /nowhere/s.json, expected a file in a directory that exists",
